@@ -362,10 +362,20 @@ outcome_class_rules = sa.Table(
         name="outcome_class",
     ),
     sa.CheckConstraint(
-        "field IN ('error_message', 'failure_type', 'status', 'action', 'runbook_id')", name="field"
+        "field IN ('error_message', 'failure_type', 'status')", name="field"
     ),
     sa.CheckConstraint("pattern <> '' AND pattern !~ '^%*$'", name="pattern"),
     comment="Error pattern -> outcome class. Classes rank in the order of the outcome_class check.",
+)
+
+sealed_days = sa.Table(
+    "sealed_days",
+    metadata,
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("sealed_at", Stamp, nullable=False, server_default=NOW),
+    sa.Column("rows_purged", sa.BigInteger, nullable=False),
+    sa.Column("actor", sa.String(255), nullable=False),
+    comment="Days whose telemetry was purged: their cells keep their figures and are recomputed no more.",
 )
 
 refresh_batches = sa.Table(
@@ -438,10 +448,34 @@ promotion_decisions = sa.Table(
     sa.Column("reason", Text, nullable=False, comment="one sentence: the deciding gate"),
     sa.Column("gates", pg.JSONB, nullable=False, comment="[{gate, verdict, observed, required, sentence}] in order"),
     sa.Column("evidence", pg.JSONB, nullable=False),
-    sa.Column("decision_hash", sa.String(64), nullable=False, comment="of verdict, reasons, policy: a new row on change"),
+    sa.Column("decision_hash", sa.String(64), nullable=False, comment="of verdict, gates, policy: a new row on change"),
+    sa.Column(
+        "confirmed_batch_id",
+        sa.BigInteger,
+        nullable=False,
+        comment="the last batch that came to the same decision; only its own batch may apply it",
+    ),
     sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
     sa.CheckConstraint("subject_kind IN ('pattern', 'rule')", name="subject_kind"),
     sa.Index("promotion_decisions_subject_idx", "subject_kind", "subject_id", "decision_id"),
+)
+
+human_acts = sa.Table(
+    "human_acts",
+    metadata,
+    sa.Column("act_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("act", sa.String(20), nullable=False),
+    sa.Column("subject_kind", sa.String(20), comment="pattern | rule; null for freeze and thaw"),
+    sa.Column("subject_id", sa.String(1024)),
+    sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column("reason", Text, nullable=False),
+    sa.Column("acted_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.CheckConstraint(
+        "act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')", name="act"
+    ),
+    sa.CheckConstraint("btrim(actor) <> '' AND btrim(reason) <> ''", name="signed"),
+    sa.CheckConstraint("(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name="subject"),
+    comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen.",
 )
 
 rule_transitions = sa.Table(
