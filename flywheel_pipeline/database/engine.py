@@ -1,0 +1,146 @@
+"""Which PostgreSQL, and engines on it.
+
+Belongs here: resolving FLYWHEEL_DATABASE_URL or the embedded server to one URL, verifying that it is a
+PostgreSQL that Flywheel runs on, opening engines. Does not belong here: schema, and any query of a room.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy import URL, Engine
+
+from flywheel_pipeline.database.embedded import EmbeddedServer
+from flywheel_pipeline.database.settings import Settings, get_settings
+from flywheel_pipeline.errors import DatabaseUnavailable
+
+MINIMUM_SERVER_VERSION: Final = 150000  # UNIQUE NULLS NOT DISTINCT came with PostgreSQL 15
+CONNECT_TIMEOUT_SECONDS: Final = 10
+APPLICATION_NAME: Final = "flywheel"
+DRIVER: Final = "postgresql+psycopg"
+
+_EXAMPLE = "postgresql://user:password@host:5432/database"
+_ACCEPTED = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
+
+
+def resolve_url(settings: Settings | None = None, *, start: bool = True) -> URL:
+    """Return the URL of the database in use, with the psycopg 3 driver.
+
+    Without FLYWHEEL_DATABASE_URL it is the embedded server's, which is created and started where needed.
+    With `start=False` nothing is started and nothing is connected to: the URL alone.
+
+    Raises DatabaseUnavailable, in one sentence, for a URL without a scheme or of another database system,
+    a server that cannot be reached, one older than PostgreSQL 15, or an embedded server that does not start.
+    """
+    settings = settings or get_settings()
+    if settings.database_url is not None:
+        url = parse_url(settings.database_url.get_secret_value())
+    elif start:
+        url = EmbeddedServer(settings.home).ensure_running()
+    else:
+        url = EmbeddedServer(settings.home).url
+    if start:
+        verify_server(url)
+    return url
+
+
+def parse_url(text: str) -> URL:
+    """Parse a database URL and set the psycopg 3 driver.
+
+    Raises DatabaseUnavailable when the scheme is missing or not PostgreSQL's. The text is never repeated in
+    the message: it may hold a password.
+    """
+    scheme, separator, _ = text.strip().partition("://")
+    if not separator:
+        raise DatabaseUnavailable(
+            "The database URL has no scheme; it must begin with postgresql://.",
+            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
+        )
+    if scheme not in _ACCEPTED:
+        raise DatabaseUnavailable(
+            f"The database URL has the scheme {scheme!r}; Flywheel runs on PostgreSQL only.",
+            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
+        )
+    try:
+        url = sa.make_url(text.strip().replace(scheme, "postgresql", 1))
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise DatabaseUnavailable(
+            "The database URL cannot be read.",
+            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}; escape special characters as %XX.",
+        ) from error
+    return url.set(drivername=DRIVER)
+
+
+def verify_server(url: URL) -> None:
+    """Connect once and verify the server's version.
+
+    Raises DatabaseUnavailable naming the server (never its password) and the reason.
+    """
+    shown = url.set(drivername="postgresql").render_as_string(hide_password=True)
+    engine = _engine(url, poolclass=sa.NullPool)
+    try:
+        with engine.connect() as connection:
+            version = int(connection.execute(sa.text("SHOW server_version_num")).scalar_one())
+            spoken = str(connection.execute(sa.text("SHOW server_version")).scalar_one())
+    except sa.exc.OperationalError as error:
+        lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
+        reason = (lines[0] if lines else "no reason given").rstrip(".")
+        raise DatabaseUnavailable(
+            f"The database {shown} cannot be reached: {reason}.",
+            hint="Start that server or correct FLYWHEEL_DATABASE_URL; unset it to use the embedded database.",
+        ) from error
+    except psycopg.ProgrammingError as error:  # libpq refuses the connection string itself
+        raise DatabaseUnavailable(
+            f"The database URL {shown} is not usable: {str(error).strip().rstrip('.')}.",
+            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
+        ) from error
+    finally:
+        engine.dispose()
+    if version < MINIMUM_SERVER_VERSION:
+        raise DatabaseUnavailable(
+            f"The database {shown} is PostgreSQL {spoken}; Flywheel needs version 15 or later.",
+            hint="Upgrade that server, or unset FLYWHEEL_DATABASE_URL to use the embedded PostgreSQL 18.",
+        )
+
+
+def open_engine(url: URL | str | None = None) -> Engine:
+    """Open an engine: sessions in UTC, named `flywheel`, dead pooled connections replaced unnoticed.
+
+    None stands for `resolve_url()`. Raises DatabaseUnavailable as `resolve_url` does; the server is verified
+    by one connection.
+    """
+    if url is None:
+        return _engine(resolve_url())
+    resolved = parse_url(url if isinstance(url, str) else url.render_as_string(hide_password=False))
+    verify_server(resolved)
+    return _engine(resolved)
+
+
+def dagster_url(url: URL) -> str:
+    """URL of the same database for dagster-postgres: psycopg2, and tables in the schema `dagster`.
+
+    The text holds the password: hand it on in the environment, never in a file.
+    """
+    options = _with_option(url, "-csearch_path=dagster")
+    return (
+        url.set(drivername="postgresql+psycopg2")
+        .update_query_dict({"options": options})
+        .render_as_string(hide_password=False)
+    )
+
+
+def _with_option(url: URL, option: str) -> str:
+    given = url.query.get("options", "")
+    text = given if isinstance(given, str) else " ".join(given)
+    return f"{text} {option}".strip()
+
+
+def _engine(url: URL, *, poolclass: type[sa.Pool] | None = None) -> Engine:
+    arguments: dict[str, object] = {"options": _with_option(url, "-ctimezone=UTC")}
+    if "application_name" not in url.query:
+        arguments["application_name"] = APPLICATION_NAME
+    if "connect_timeout" not in url.query:
+        arguments["connect_timeout"] = CONNECT_TIMEOUT_SECONDS
+    return sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)

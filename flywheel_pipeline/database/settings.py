@@ -1,0 +1,67 @@
+"""FLYWHEEL_* settings, read from the environment.
+
+Belongs here: where state lives, which database, which port. Does not belong here: promotion policy (YAML in
+`promotion/policies/`), and anything that changes a decision.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flywheel_pipeline.errors import UsageError
+
+
+class Settings(BaseSettings):
+    """One reading of the FLYWHEEL_* environment variables.
+
+    `home` (default `.flywheel` in the working directory) holds the embedded database, DAGSTER_HOME and logs.
+    `database_url` unset or empty means the embedded server.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True
+    )
+
+    home: Path = Path(".flywheel")
+    database_url: SecretStr | None = None
+    ui_host: str = "127.0.0.1"
+    ui_port: int = Field(default=3000, ge=1, le=65535)
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _resolve_home(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @property
+    def dagster_home(self) -> Path:
+        """DAGSTER_HOME: the instance configuration and compute logs."""
+        return self.home / "dagster"
+
+    @property
+    def logs(self) -> Path:
+        """Log files of the processes that `flywheel up` starts."""
+        return self.home / "logs"
+
+
+def get_settings() -> Settings:
+    """Read the environment now.
+
+    Raises UsageError, naming the variable, when a value is not usable.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        variable = "FLYWHEEL_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise UsageError(
+            f"The environment variable {variable} is not usable: {first['msg']}.",
+            hint=f"Correct or unset {variable}.",
+        ) from error

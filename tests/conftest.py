@@ -1,0 +1,89 @@
+"""Fixtures that every room shares: one real PostgreSQL 18 per test process, one fresh database per test.
+
+Belongs here: servers and databases. Does not belong here: rows of any room.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import sql
+
+from flywheel_pipeline.database import migrate
+from flywheel_pipeline.database.embedded import EmbeddedServer
+from flywheel_pipeline.database.engine import open_engine
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedServer]:
+    """One embedded server of this test process; without fsync, since nobody needs its data tomorrow."""
+    home = Path(tempfile.mkdtemp(prefix="fw-"))
+    embedded = EmbeddedServer(
+        home,
+        options={
+            "fsync": "off",
+            "full_page_writes": "off",
+            "synchronous_commit": "off",
+            "shared_buffers": "128MB",
+        },
+    )
+    embedded.ensure_running()
+    yield embedded
+    embedded.remove()
+    shutil.rmtree(home)
+
+
+def _administer(server: EmbeddedServer, statement: str, *names: str) -> None:
+    conninfo = psycopg.conninfo.make_conninfo(
+        host=str(server.socket_directory), port=5432, user="flywheel", dbname="postgres"
+    )
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+@pytest.fixture(scope="session")
+def template_database(server: EmbeddedServer) -> str:
+    """Name of a database on `server` that migrate.upgrade made once; fresh databases are copies of it."""
+    name = "flywheel_template"
+    _administer(server, "CREATE DATABASE {}", name)
+    engine = open_engine(server.url.set(database=name))
+    migrate.upgrade(engine)
+    engine.dispose()
+    return name
+
+
+@pytest.fixture
+def engine(server: EmbeddedServer, template_database: str) -> Iterator[sa.Engine]:
+    """Engine on a fresh, fully migrated database of this test alone."""
+    name = f"test_{next(_numbers)}"
+    _administer(server, "CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, template_database)
+    fresh = open_engine(server.url.set(database=name))
+    yield fresh
+    fresh.dispose()
+    _administer(server, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@pytest.fixture
+def empty_engine(server: EmbeddedServer) -> Iterator[sa.Engine]:
+    """Engine on a fresh database in which nothing was created."""
+    name = f"empty_{next(_numbers)}"
+    _administer(server, "CREATE DATABASE {}", name)
+    fresh = open_engine(server.url.set(database=name))
+    yield fresh
+    fresh.dispose()
+    _administer(server, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@pytest.fixture
+def database_url(engine: sa.Engine) -> str:
+    """URL, with password if any, of the database of `engine`, as FLYWHEEL_DATABASE_URL takes it."""
+    return engine.url.render_as_string(hide_password=False)
