@@ -1,0 +1,57 @@
+/*---
+name: rule_site_stats
+room: aggregates
+materialized: cell
+cell: site
+grain: one row per site and L1 rule, all time
+description: >
+  What each L1 rule did at one site since the first day.
+  The counters of l1_rules are sums over these rows.
+owner: team:data-platform
+key: [site_id, rule_id]
+columns:
+  site_id: [text, "the site under its name of today"]
+  rule_id: [text, "the L1 rule, aliases resolved"]
+  executions: [bigint, "all but synthetic"]
+  raw_successes: [bigint, "reported as success"]
+  raw_failures: [bigint, "not reported as success"]
+  synthetic: [bigint, "chaos and test rows; in no other count"]
+  agent_unsupported: [bigint, "the agent was too old for the action"]
+  not_applicable: [bigint, "the host cannot have this control"]
+  unreachable: [bigint, "host, credentials or network"]
+  escalated: [bigint, "handed over to a human"]
+  suppressed: [bigint, "flap suppression or cooldown"]
+  unverified: [bigint, "success reported, verification missing"]
+  failures: [bigint, "rated failures"]
+  successes: [bigint, "verified successes"]
+  refired: [bigint, "verified successes after which the drift came back within 24 hours"]
+  episodes: [bigint, "host-days with at least one execution that is not synthetic"]
+  rated_episodes: [bigint, "host-days with a rated outcome"]
+  successful_episodes: [bigint, "host-days healed for good"]
+  first_at: [timestamptz, "first execution"]
+  last_at: [timestamptz, "last execution"]
+consumers: [rule_scorecard, l1_rules]
+---*/
+SELECT
+  site_id,
+  rule_id,
+  sum(executions)::bigint AS executions,
+  sum(raw_successes)::bigint AS raw_successes,
+  sum(raw_failures)::bigint AS raw_failures,
+  sum(synthetic)::bigint AS synthetic,
+  sum(agent_unsupported)::bigint AS agent_unsupported,
+  sum(not_applicable)::bigint AS not_applicable,
+  sum(unreachable)::bigint AS unreachable,
+  sum(escalated)::bigint AS escalated,
+  sum(suppressed)::bigint AS suppressed,
+  sum(unverified)::bigint AS unverified,
+  sum(failures)::bigint AS failures,
+  sum(successes)::bigint AS successes,
+  sum(refired)::bigint AS refired,
+  sum(episodes)::bigint AS episodes,
+  sum(rated_episodes)::bigint AS rated_episodes,
+  sum(successful_episodes)::bigint AS successful_episodes,
+  min(first_at) AS first_at,
+  max(last_at) AS last_at
+FROM rule_daily_stats
+GROUP BY site_id, rule_id
