@@ -1,0 +1,104 @@
+"""Findings as Dagster asset checks: one adapter for every room, so that each check looks alike and fails closed.
+
+Belongs here: the conversion and the recording of gate verdicts. Does not belong here: any question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import dagster as dg
+import sqlalchemy as sa
+
+from flywheel_pipeline.aggregates.batches import Batch, open_batch
+from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.quality import Finding, record_error, record_verdict
+from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table
+
+Question = Callable[[sa.Engine, Batch, Mapping[str, str]], Finding]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: the asset it speaks of, its name as a statement, and how to answer it.
+
+    `gate`: its verdict is required for promotion, and it blocks what is downstream in the run.
+    `warn`: a failure is a warning.
+    """
+
+    asset: str
+    name: str
+    description: str
+    question: Question
+    gate: bool = False
+    warn: bool = False
+
+
+def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
+    """Turn a finding into the check result that the UI shows: sentence, observed, required, offenders, sample."""
+    metadata: dict[str, object] = {
+        "sentence": finding.sentence,
+        "observed": finding.observed,
+        "required": finding.required,
+        "offenders": finding.offenders,
+        **finding.figures,
+    }
+    if finding.sample:
+        metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample))
+    return dg.AssetCheckResult(
+        passed=bool(finding.passed),
+        asset_key=check.asset,
+        check_name=check.name,
+        severity=dg.AssetCheckSeverity.WARN if check.warn else dg.AssetCheckSeverity.ERROR,
+        description=finding.sentence,
+        metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},
+    )
+
+
+def check_step(name: str, checks: list[Check]) -> dg.AssetChecksDefinition:
+    """Build one step that answers these checks in order; every one of them yields a result, or the step fails.
+
+    A gate's verdict is committed before its result is yielded. A gate that cannot answer leaves the verdict `error`
+    and fails the step: what is downstream does not run, and the database refuses the batch's promotions.
+    """
+
+    @dg.multi_asset_check(
+        name=name,
+        specs=[
+            dg.AssetCheckSpec(check.name, asset=check.asset, description=check.description, blocking=check.gate)
+            for check in checks
+        ],
+        can_subset=False,
+    )
+    def step(
+        context: dg.AssetCheckExecutionContext, database: FlywheelDatabase
+    ) -> Iterator[dg.AssetCheckResult]:
+        engine = database.engine
+        with engine.begin() as connection:
+            batch = open_batch(connection, context.run.run_id)
+        for check in checks:
+            try:
+                finding = check.question(engine, batch, context.run.tags)
+            except Exception as error:
+                if check.gate:
+                    with engine.begin() as connection:
+                        record_error(connection, batch.batch_id, check.name, error)
+                raise
+            if check.gate:
+                with engine.begin() as connection:
+                    record_verdict(connection, batch.batch_id, check.name, finding)
+            context.log.info(f"{check.name}: {'pass' if finding.passed else 'FAIL'}. {finding.sentence}")
+            yield to_result(check, finding)
+
+    return step
+
+
+def reading(question: Callable[[sa.Connection], Finding]) -> Question:
+    """Adapt a question that needs only a connection."""
+
+    def ask(engine: sa.Engine, _batch: Batch, _tags: Mapping[str, str]) -> Finding:
+        with engine.connect() as connection:
+            return question(connection)
+
+    return ask

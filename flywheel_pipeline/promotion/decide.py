@@ -1,0 +1,358 @@
+"""Deciding: evidence from the database, verdict from the pure gates, one row where the verdict or its reasons change.
+
+Belongs here: loading evidence, writing `promotion_decisions`. Does not belong here: the gates themselves
+(`gates.py`) and anything that changes a rule (`apply.py`, through the ledger).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.candidates.keys import rule_id_of_pattern
+from flywheel_pipeline.database import tables
+from flywheel_pipeline.delivery.capability import served_action
+from flywheel_pipeline.promotion.gates import (
+    Decision,
+    PatternEvidence,
+    RuleEvidence,
+    SiteEvidence,
+    decide_pattern,
+    decide_rule,
+)
+from flywheel_pipeline.promotion.policy import Policy, load_policy
+
+RECURRENCE = dt.timedelta(hours=24)
+EARLY_GATES = ("telemetry_contract", "telemetry_freshness", "counters_equal_recount")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A decision as stored: `changed` tells a new row from a confirmed one."""
+
+    decision_id: int
+    subject_kind: Literal["pattern", "rule"]
+    subject_id: str
+    changed: bool
+    decision: Decision
+
+
+def plain(value: Any) -> Any:
+    """Turn evidence or gates into JSON types: dataclasses to objects, times to ISO text, sets and tuples to lists."""
+    if hasattr(value, "__dataclass_fields__"):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, (dt.datetime, dt.date)):
+        return value.isoformat()
+    return value
+
+
+def conditions_of(incident_type: str) -> dict[str, str]:
+    """Return the match conditions of a rule promoted from a pattern of this incident type."""
+    return {"incident_type": incident_type}
+
+
+def _incident_types(incident_pattern: Any) -> set[str]:
+    """Return the incident types a rule's conditions name, in any of the shapes in the wild."""
+    parts = incident_pattern if isinstance(incident_pattern, list) else [incident_pattern]
+    found: set[str] = set()
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        for key in ("incident_type", "check_type"):
+            if part.get(key):
+                found.add(str(part[key]))
+        if part.get("field") in ("incident_type", "check_type") and isinstance(part.get("value"), str):
+            found.add(part["value"])
+    return found
+
+
+_SITE_EVIDENCE = sa.text(
+    """
+    SELECT pattern_key, site_id,
+           count(*) FILTER (WHERE succeeded) AS successes,
+           count(*) FILTER (WHERE NOT succeeded) AS failures,
+           count(DISTINCT hostname) AS hosts
+    FROM (
+      SELECT e.*, row_number() OVER (PARTITION BY pattern_key, site_id ORDER BY first_at, day, hostname) AS nth_of_site
+      FROM pattern_evidence AS e
+      WHERE nth_of_host <= :host_cap AND last_at <= :settled_before AND pattern_key = ANY(:keys)
+        AND first_at >= coalesce((
+              SELECT max(v.occurred_at) FROM rule_events AS v
+              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
+    ) AS capped
+    WHERE nth_of_site <= :site_cap
+    GROUP BY pattern_key, site_id
+    ORDER BY pattern_key, site_id
+    """
+)
+
+
+def load_pattern_evidence(
+    connection: sa.Connection, batch: Batch, policy: Policy, keys: Sequence[str] | None = None
+) -> list[PatternEvidence]:
+    """Return the evidence of every undecided pattern (or of `keys`), as the gates ask for it, in order of key."""
+    candidates = connection.execute(
+        sa.text(
+            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at FROM pattern_candidates AS c "
+            "LEFT JOIN l1_rules AS r ON r.pattern_key = c.pattern_key AND r.source = 'promoted' AND r.state <> 'retired' "
+            "WHERE (CAST(:keys AS text[]) IS NULL AND coalesce(c.status, 'pending') IN ('pending', 'approved') "
+            "       OR c.pattern_key = ANY(CAST(:keys AS text[]))) ORDER BY c.pattern_key, r.rule_id"
+        ),
+        {"keys": None if keys is None else list(keys)},
+    ).all()
+    rows = {row.pattern_key: row for row in candidates}
+    sites: dict[str, list[SiteEvidence]] = defaultdict(list)
+    for row in connection.execute(
+        _SITE_EVIDENCE,
+        {
+            "keys": list(rows),
+            "host_cap": policy.evidence.episodes_per_host,
+            "site_cap": policy.evidence.episodes_per_site,
+            "settled_before": batch.now - RECURRENCE,
+        },
+    ):
+        sites[row.pattern_key].append(SiteEvidence(row.site_id, row.successes, row.failures, row.hosts))
+    active = connection.execute(
+        sa.text("SELECT site_id, agent_version, capabilities FROM appliances WHERE status <> 'retired'")
+    ).all()
+    active_sites = len({row.site_id for row in active})
+    healthy = connection.execute(
+        sa.text(
+            "SELECT r.rule_id, r.incident_pattern, r.platform, r.pattern_key, s.rated_rate FROM l1_rules AS r "
+            "LEFT JOIN rule_scorecard AS s ON s.rule_id = r.rule_id WHERE r.enabled ORDER BY r.rule_id"
+        )
+    ).all()
+    acts: dict[str, list[Any]] = defaultdict(list)
+    for act in connection.execute(
+        sa.text(
+            "SELECT subject_id, act, actor, reason FROM human_acts "
+            "WHERE subject_kind = 'pattern' AND act IN ('approve', 'reject') ORDER BY act_id"
+        )
+    ):
+        acts[act.subject_id].append(act)
+    readmissions: dict[str, int] = {
+        row.pattern_key: row.n
+        for row in connection.execute(
+            sa.text(
+                "SELECT definition ->> 'pattern_key' AS pattern_key, count(*) AS n FROM rule_events "
+                "WHERE kind = 'readmitted' AND definition ->> 'pattern_key' IS NOT NULL GROUP BY 1"
+            )
+        )
+    }
+    verdicts = dict(
+        connection.execute(
+            sa.text("SELECT gate, verdict FROM gate_verdicts WHERE batch_id = :batch"), {"batch": batch.batch_id}
+        )
+        .tuples()
+        .all()
+    )
+    early = [verdicts.get(gate) for gate in EARLY_GATES]
+    checks_green = None if None in early else all(v == "pass" for v in early)
+
+    evidence = []
+    for key, row in rows.items():
+        capable = (
+            None
+            if not active
+            else sum(
+                served_action(row.runbook_id or "", row.platform, a.agent_version, a.capabilities).ok for a in active
+            )
+            / len(active)
+        )
+        shadowed = tuple(
+            h.rule_id
+            for h in healthy
+            if row.incident_type in _incident_types(h.incident_pattern)
+            and h.platform == row.platform
+            and h.pattern_key != key
+            and (h.rated_rate is None or h.rated_rate >= policy.admission.healthy_rule_rate)
+        )
+        stage = row.rule_state or "none"
+        evidence.append(
+            PatternEvidence(
+                pattern_key=key,
+                incident_type=row.incident_type,
+                runbook_id=row.runbook_id or "",
+                platform=row.platform,
+                occurrences=row.executions,
+                successes=row.raw_successes,
+                executions=row.executions,
+                excluded=row.excluded,
+                unverified=row.unverified,
+                runbook_exists=row.is_disruptive is not None,
+                runbook_problem=row.runbook_problem,
+                runbook_platform=row.platform if row.runbook_problem is None else None,
+                is_disruptive=bool(row.is_disruptive),
+                category=row.category,
+                conditions=conditions_of(row.incident_type),
+                matched_incidents=row.type_episodes,
+                shadowed_rules=shadowed,
+                capable_share=capable,
+                selected_incidents=row.chosen_episodes,
+                type_incidents=row.type_episodes,
+                sites=tuple(sites[key]),
+                active_sites=active_sites,
+                stage=stage,
+                would_fires=0,
+                shadow_days=0.0
+                if stage != "shadow"
+                else max((batch.now - row.rule_state_at).total_seconds() / 86400, 0.0),
+                attempt=1 + readmissions.get(key, 0),
+                approvers=tuple(a.actor for a in acts[key] if a.act == "approve"),
+                rejected_by=next((a.actor for a in reversed(acts[key]) if a.act == "reject"), None)
+                if acts[key] and acts[key][-1].act == "reject"
+                else None,
+                first_at=row.first_at,
+                last_at=row.last_at,
+                checks_green=checks_green,
+            )
+        )
+    return evidence
+
+
+def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None = None) -> list[RuleEvidence]:
+    """Return the evidence of every rule in service (or of `rule_ids`), as the gates ask for it, in order of id."""
+    rows = connection.execute(
+        sa.text(
+            "SELECT s.*, r.incident_pattern, flywheel_runbook_problem(r.runbook_id, r.platform) AS runbook_problem "
+            "FROM l1_rules AS r JOIN rule_scorecard AS s ON s.rule_id = r.rule_id "
+            "WHERE CASE WHEN CAST(:ids AS text[]) IS NULL THEN r.state NOT IN ('quarantined', 'retired') "
+            "           ELSE r.rule_id = ANY(CAST(:ids AS text[])) END ORDER BY r.rule_id"
+        ),
+        {"ids": None if rule_ids is None else list(rule_ids)},
+    ).all()
+    return [
+        RuleEvidence(
+            rule_id=row.rule_id,
+            rule_version=row.rule_version,
+            incident_type=", ".join(sorted(_incident_types(row.incident_pattern))),
+            runbook_id=row.runbook_id,
+            platform=row.platform,
+            source=row.source,
+            state=row.state,
+            runbook_executable=row.runbook_problem is None,
+            runbook_problem=row.runbook_problem,
+            matches=row.matches,
+            successes=row.raw_successes,
+            failures=row.raw_failures,
+            rated_successes=row.successful_episodes,
+            rated_failures=row.rated_episodes - row.successful_episodes,
+        )
+        for row in rows
+    ]
+
+
+def decision_hash(decision: Decision, policy: Policy) -> str:
+    """Return the sha256 over verdict, target, policy and each gate's verdict: what makes a decision another one.
+
+    Observed figures are left out on purpose: a pattern that is held for the same reason on one more execution is
+    still the same decision; its evidence of that moment stays in the first row, the present one in `explain`.
+    """
+    content = [
+        decision.verdict,
+        decision.target_state,
+        policy.policy_hash,
+        [(gate.gate, gate.verdict) for gate in decision.gates],
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _store(
+    connection: sa.Connection,
+    batch: Batch,
+    policy: Policy,
+    subject_kind: Literal["pattern", "rule"],
+    decisions: Sequence[tuple[str, Decision, Any]],
+) -> list[Decided]:
+    latest = {
+        row.subject_id: row
+        for row in connection.execute(
+            sa.text(
+                "SELECT DISTINCT ON (subject_id) subject_id, decision_id, decision_hash FROM promotion_decisions "
+                "WHERE subject_kind = :kind ORDER BY subject_id, decision_id DESC"
+            ),
+            {"kind": subject_kind},
+        )
+    }
+    stored: list[Decided] = []
+    confirmed: list[int] = []
+    for subject_id, decision, evidence in decisions:
+        digest = decision_hash(decision, policy)
+        before = latest.get(subject_id)
+        # An actionable decision is always a row of its own batch: its evidence is what the certificate speaks of.
+        fresh = before is None or before.decision_hash != digest or decision.verdict in ("promote", "advance")
+        if before is not None and not fresh:
+            confirmed.append(before.decision_id)
+            stored.append(Decided(before.decision_id, subject_kind, subject_id, False, decision))
+            continue
+        decision_id = connection.execute(
+            sa.insert(tables.promotion_decisions)
+            .values(
+                batch_id=batch.batch_id,
+                confirmed_batch_id=batch.batch_id,
+                run_id=batch.run_id,
+                subject_kind=subject_kind,
+                subject_id=subject_id,
+                policy_name=policy.name,
+                policy_hash=policy.policy_hash,
+                verdict=decision.verdict,
+                reason=decision.reason,
+                gates=plain(decision.gates),
+                evidence=plain(evidence),
+                decision_hash=digest,
+            )
+            .returning(tables.promotion_decisions.c.decision_id)
+        ).scalar_one()
+        stored.append(Decided(decision_id, subject_kind, subject_id, True, decision))
+    if confirmed:
+        connection.execute(
+            sa.text("UPDATE promotion_decisions SET confirmed_batch_id = :batch WHERE decision_id = ANY(:ids)"),
+            {"batch": batch.batch_id, "ids": confirmed},
+        )
+    return stored
+
+
+def decide_patterns(connection: sa.Connection, batch: Batch) -> list[Decided]:
+    """Decide every pattern that is not promoted or rejected, under the batch's policy; store and return the decisions."""
+    policy = load_policy(batch.policy_name)
+    decisions = []
+    for evidence in load_pattern_evidence(connection, batch, policy):
+        decisions.append((evidence.pattern_key, decide_pattern(evidence, policy), evidence))
+    connection.execute(
+        sa.text("UPDATE refresh_batches SET decided_at = clock_timestamp() WHERE batch_id = :id"),
+        {"id": batch.batch_id},
+    )
+    return _store(connection, batch, policy, "pattern", decisions)
+
+
+def decide_rules(connection: sa.Connection, batch: Batch) -> list[Decided]:
+    """Decide for every rule in service whether it stays, under the batch's policy; store and return the decisions."""
+    policy = load_policy(batch.policy_name)
+    decisions = [
+        (evidence.rule_id, decide_rule(evidence, policy), evidence) for evidence in load_rule_evidence(connection)
+    ]
+    return _store(connection, batch, policy, "rule", decisions)
+
+
+def rule_of_pattern(connection: sa.Connection, key: str) -> str:
+    """Return the id of the rule that stands, or would stand, for this pattern."""
+    known = connection.execute(
+        sa.text(
+            "SELECT rule_id FROM l1_rules WHERE pattern_key = :key AND source = 'promoted' AND state <> 'retired' "
+            "ORDER BY rule_id LIMIT 1"
+        ),
+        {"key": key},
+    ).scalar_one_or_none()
+    return known or rule_id_of_pattern(key)
