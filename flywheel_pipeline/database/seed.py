@@ -77,5 +77,5 @@ def _parse(name: str, text: str) -> list[dict[str, Any]]:
 
 
 def _insert(connection: Connection, table: sa.Table, row: Mapping[str, Any]) -> int:
-    result = connection.execute(pg.insert(table).values(**row).on_conflict_do_nothing())
-    return result.rowcount
+    statement = pg.insert(table).values(**row).on_conflict_do_nothing().returning(sa.literal(1))
+    return len(connection.execute(statement).all())

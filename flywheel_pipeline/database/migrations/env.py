@@ -11,8 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context
 
+from flywheel_pipeline.database.declared import VERSION_TABLE
 from flywheel_pipeline.database.engine import open_engine
-from flywheel_pipeline.database.migrate import VERSION_TABLE
 from flywheel_pipeline.database.tables import metadata
 
 

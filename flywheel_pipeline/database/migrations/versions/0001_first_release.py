@@ -329,7 +329,7 @@ def upgrade() -> None:
             name=op.f("outcome_class_rules_outcome_class_check"),
         ),
         sa.CheckConstraint(
-            "pattern <> '' AND pattern !~ '^%%*$'", name=op.f("outcome_class_rules_pattern_check")
+            "pattern <> '' AND pattern !~ '^%*$'", name=op.f("outcome_class_rules_pattern_check")
         ),
         sa.PrimaryKeyConstraint("rule_name", name=op.f("outcome_class_rules_pkey")),
         comment="Error pattern -> outcome class. Classes rank in the order of the outcome_class check.",
