@@ -210,7 +210,7 @@ def pattern_rows(sightings: Mapping[str, Sequence[tuple[datetime, str]]]) -> lis
             rows.append(row)
     for pending in PENDING:
         row = _pattern_row(pending.incident_type, pending.runbook_id, pending.platform, pending.successes)
-        seen = sorted(sightings[pending.signature])
+        seen = sorted(set(sightings[pending.signature]))
         row |= {
             "status": "pending",
             "promoted_at": None,
