@@ -77,7 +77,7 @@ SELECT
     WHEN NOT t.success OR NOT t.verification_passed THEN 'failure'
     WHEN t.verification_passed IS NULL THEN 'unverified'
     ELSE 'success'
-  END AS outcome_class,
+  END::text AS outcome_class,
   t.error_message
 FROM execution_telemetry AS t
 LEFT JOIN site_aliases AS sa

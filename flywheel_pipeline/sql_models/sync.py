@@ -1,0 +1,273 @@
+"""Bringing the relations of the models in line with `dbt_like_sql/`.
+
+Belongs here: what to create, replace and drop, in which order, and the atomic swap of tables. Does not
+belong here: single statements (`relations.py`) and the rows of cells (`cells.py`).
+"""
+
+# ruff: noqa: S608 (identifiers come from checked model headers; there are no values in this SQL)
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from flywheel_pipeline.errors import ModelError
+from flywheel_pipeline.sql_models.loader import TELEMETRY, ModelGraph, SqlModel, load_models
+from flywheel_pipeline.sql_models.relations import (
+    Relation,
+    create_empty_table,
+    create_view,
+    describe,
+    drop,
+    execute,
+    primary_key,
+    quote,
+    read_relations,
+    readers,
+    type_oids,
+    verify_columns,
+)
+
+
+def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
+    """Create, replace and drop relations until they are those of the models, within the caller's transaction.
+
+    A model whose content hash is the recorded one is left alone. A changed view is dropped with the views
+    that read it and created anew, in order. A changed cell model keeps its table where the columns and the
+    key are the same; its rows, and those of cell models behind a changed view, are recomputed by the next
+    refresh: every cell is touched (`flywheel_touch_all`) if there is any telemetry. Models that are gone
+    are dropped.
+
+    Args:
+        connection: an open transaction; the declared tables and routines exist.
+        graph: the models; None loads them.
+
+    Returns:
+        What was done, one sentence each; empty when nothing was to do.
+
+    Raises:
+        ModelError: PostgreSQL refuses a SELECT, its columns are not the declared ones, a relation of that
+        name is
+            there that is not ours, or a relation that is not ours reads one that must be dropped.
+    """
+    graph = graph if graph is not None else load_models()
+    recorded = _recorded(connection)
+    live = read_relations(connection, {*graph.models, *recorded})
+    for model in graph:
+        if model.name in live and model.name not in recorded:
+            model.refuse(
+                f"the database has a relation {model.name} already, which Flywheel did not make.",
+                hint="Rename or drop that relation, or rename the model.",
+            )
+    changed = {
+        model.name
+        for model in graph
+        if recorded.get(model.name) != model.content_hash or not _fits(live.get(model.name), model)
+    }
+    removed = [name for name in recorded if name not in graph.models]
+    # A table whose columns and key stay keeps its rows, its readers and its place.
+    keeps = {
+        name
+        for name in changed
+        if graph.models[name].materialized != "view"
+        and _same_table(connection, live.get(name), graph.models[name])
+    }
+    dropped = _drop_with_readers(connection, {*(changed - keeps), *removed}, live, recorded)
+    changes = [f"dropped {name}, which is no model any more" for name in removed]
+
+    for model in graph:
+        if model.name in changed:
+            verify_columns(connection, model)
+        if model.name not in changed and model.name not in dropped:
+            if describe(connection, model, live[model.name]):
+                changes.append(f"described {model.materialized} {model.name}")
+            continue
+        if model.name in keeps:
+            describe(connection, model, live[model.name])
+            if model.materialized == "table":
+                create_table_swap(connection, model, graph)
+            changes.append(f"changed {model.materialized} {model.name}")
+        else:
+            _create(connection, model)
+            if model.name not in changed:
+                changes.append(
+                    f"created {model.materialized} {model.name} again, since a model that it reads changed"
+                )
+            elif model.name in recorded:
+                changes.append(f"replaced {model.materialized} {model.name}")
+            else:
+                changes.append(f"created {model.materialized} {model.name}")
+    _record(connection, graph, changed, removed)
+    if _needs_recompute(graph, changed) and _has_telemetry(connection):
+        cells = connection.exec_driver_sql("SELECT flywheel_touch_all()").scalar_one()
+        changes.append(f"touched all {cells} cells, to be recomputed by the next refresh")
+    return changes
+
+
+def create_table_swap(connection: sa.Connection, model: SqlModel, graph: ModelGraph | None = None) -> int:
+    """Build a table model anew and put it in the place of the old one, within the caller's transaction.
+
+    Others read the old rows until the caller commits and the new ones after; they wait only for the swap
+    itself. Views that read the table are created again on the new one.
+
+    Args:
+        connection: an open transaction.
+        model: a model of `materialized: table`.
+        graph: all models; None loads them where a view reads the table.
+
+    Returns:
+        Rows in the new table.
+
+    Raises:
+        ModelError: the model is no table, two rows have one key, a null is in the key, or a view reads the
+        table
+            that is not ours.
+    """
+    if model.materialized != "table":
+        model.refuse(f"{model.name} is a {model.materialized}; only a table is swapped.")
+    built = f"{model.name}__new"
+    create_empty_table(connection, model, built)
+    names = ", ".join(quote(column) for column in model.columns)
+    try:
+        rows = execute(connection, f"INSERT INTO {quote(built)} ({names})\n{model.sql}").rowcount
+    except IntegrityError as error:
+        detail = getattr(getattr(error.orig, "diag", None), "message_detail", None) or str(error.orig)
+        model.refuse(
+            f"the rows do not fit the key ({', '.join(model.key)}): {detail}",
+            hint="The SELECT must give one row per key, with no null in it.",
+        )
+    execute(connection, f"ANALYZE {quote(built)}")
+    recorded = _recorded(connection)
+    live = read_relations(connection, {model.name, *recorded})
+    gone = _drop_with_readers(connection, {model.name}, live, {**recorded, model.name: model.content_hash})
+    execute(connection, f"ALTER TABLE {quote(built)} RENAME TO {quote(model.name)}")
+    execute(
+        connection,
+        f"ALTER TABLE {quote(model.name)} "
+        f"RENAME CONSTRAINT {quote(f'{built}_pkey')} TO {quote(f'{model.name}_pkey')}",
+    )
+    if gone - {model.name}:
+        for reader in graph if graph is not None else load_models():
+            if reader.name in gone and reader.name != model.name:
+                create_view(connection, reader)
+    return rows
+
+
+def stale_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
+    """Name the models whose recorded content hash is missing or another, and those that are gone; sorted.
+
+    A changed SELECT of a cell model shows here and nowhere else: its table looks the same. Changes nothing.
+    """
+    graph = graph if graph is not None else load_models()
+    recorded = _recorded(connection)
+    stale = {model.name for model in graph if recorded.get(model.name) != model.content_hash}
+    return sorted(stale | (recorded.keys() - graph.models.keys()))
+
+
+def _recorded(connection: sa.Connection) -> dict[str, str]:
+    rows = connection.exec_driver_sql(
+        "SELECT name, content_hash FROM schema_objects WHERE kind = 'model' ORDER BY name"
+    )
+    return {row.name: row.content_hash for row in rows}
+
+
+def _record(connection: sa.Connection, graph: ModelGraph, changed: set[str], removed: list[str]) -> None:
+    if changed:
+        connection.execute(
+            sa.text(
+                "INSERT INTO schema_objects (kind, name, content_hash) VALUES ('model', :name, :hash) "
+                "ON CONFLICT (kind, name) "
+                "DO UPDATE SET content_hash = excluded.content_hash, applied_at = clock_timestamp()"
+            ),
+            [{"name": name, "hash": graph.models[name].content_hash} for name in sorted(changed)],
+        )
+    if removed:
+        connection.execute(
+            sa.text("DELETE FROM schema_objects WHERE kind = 'model' AND name = ANY(:names)"),
+            {"names": removed},
+        )
+
+
+def _fits(relation: Relation | None, model: SqlModel) -> bool:
+    """Say whether the relation is there and of the kind, columns and key that the model needs (types
+    apart).
+    """
+    if relation is None:
+        return False
+    if [column for column, _, _ in relation.columns] != list(model.columns):
+        return False
+    if model.materialized == "view":
+        return relation.kind == "v"
+    return relation.kind == "r" and list(relation.key) == primary_key(model)
+
+
+def _same_table(connection: sa.Connection, relation: Relation | None, model: SqlModel) -> bool:
+    if relation is None or not _fits(relation, model):
+        return False
+    oids = type_oids(connection, (declared for declared, _ in model.columns.values()))
+    return [oid for _, oid, _ in relation.columns] == [
+        oids[declared] for declared, _ in model.columns.values()
+    ] and not any("(" in declared for declared, _ in model.columns.values())
+
+
+def _drop_with_readers(
+    connection: sa.Connection, names: set[str], live: dict[str, Relation], ours: dict[str, str]
+) -> set[str]:
+    """Drop these relations where they exist, and first every view of ours that reads them; return all
+    dropped.
+
+    The order comes from the catalogue and not from the graph: the views in the database are still the old
+    ones.
+    """
+    doomed = {name for name in names if name in live}
+    reads: dict[str, set[str]] = {name: set() for name in doomed}
+    waiting = set(doomed)
+    while waiting:
+        found = readers(connection, waiting)
+        waiting = set()
+        for read, reader in found:
+            if reader not in ours or reader not in live:
+                raise ModelError(
+                    f"{reader}, which Flywheel did not make, reads {read}, which has to be replaced.",
+                    hint=f"Drop {reader}, run this again, and create it anew.",
+                )
+            reads.setdefault(read, set()).add(reader)
+            if reader not in doomed:
+                doomed.add(reader)
+                reads.setdefault(reader, set())
+                waiting.add(reader)
+    gone: set[str] = set()
+
+    def take_down(name: str) -> None:
+        if name in gone:
+            return
+        for reader in sorted(reads[name]):
+            take_down(reader)
+        drop(connection, live[name])
+        gone.add(name)
+
+    for name in sorted(doomed):
+        take_down(name)
+    return gone
+
+
+def _create(connection: sa.Connection, model: SqlModel) -> None:
+    if model.materialized == "view":
+        create_view(connection, model)
+    elif model.materialized == "cell":
+        create_empty_table(connection, model)
+    else:
+        create_empty_table(connection, model)
+        create_table_swap(connection, model)
+
+
+def _needs_recompute(graph: ModelGraph, changed: set[str]) -> bool:
+    return any(
+        model.materialized == "cell"
+        or (model.materialized == "view" and any(d.cell for d in graph.dependants(model.name)))
+        for model in graph
+        if model.name in changed
+    )
+
+
+def _has_telemetry(connection: sa.Connection) -> bool:
+    return bool(connection.exec_driver_sql(f"SELECT EXISTS (SELECT 1 FROM {TELEMETRY})").scalar_one())
