@@ -342,7 +342,7 @@ def build_telemetry() -> Telemetry:
     corrected = _correct(of_stream, arrivals)
     _repeat(attempts, corrected, arrivals)
     arrivals.sort(key=lambda arrival: arrival[0])
-    return Telemetry([post for _, post in arrivals], _evening_posts(bundles), bundles)
+    return Telemetry([post for _, post in arrivals], _evening_posts(), bundles)
 
 
 def _correct(of_stream: dict[str, list[_Attempt]], arrivals: list[tuple[datetime, Post]]) -> set[str]:
@@ -419,15 +419,15 @@ def _repeat(attempts: list[_Attempt], corrected: set[str], arrivals: list[tuple[
         arrivals.append((later, attempt.post(reported_at=new_time)))
 
 
-def _evening_posts(bundles: list[dict[str, Any]]) -> list[Post]:
-    """Return the posts of the day's last four executions."""
+def _evening_posts() -> list[Post]:
+    """Return the posts of the day's last four executions; their evidence bundles had not arrived yet."""
     by_signature = {pattern.signature: pattern for pattern in PENDING}
     rng = random.Random(f"{SEED} evening")  # noqa: S311 - sample data, not a secret
     posts = []
     for serial, (signature, hostname, started) in enumerate(_EVENING):
         pattern, host = by_signature[signature], HOSTS[hostname]
         stream = Stream(
-            f"L2 {signature}",
+            f"evening {signature}",
             "L2",
             pattern.incident_type,
             pattern.platform,
@@ -435,7 +435,7 @@ def _evening_posts(bundles: list[dict[str, Any]]) -> list[Post]:
             (),
             always_verified=True,
         )
-        execution, completed = _execution(stream, host, started, None, 1000 + serial, rng, bundles)
+        execution, completed = _execution(stream, host, started, None, serial, rng, [])
         reported = completed + timedelta(seconds=round(_between(rng, 0.4, 20.0), 3))
         posts.append({"site_id": host.site_id, "reported_at": _stamp(reported), "execution": execution})
     return posts

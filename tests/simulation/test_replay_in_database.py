@@ -62,7 +62,7 @@ def test_bitlocker_rows_fall_into_the_classes_that_explain_them(loaded: sa.Conne
             "WHERE rule_id = 'RB-AUTO-BITLOCKE' GROUP BY outcome_class"
         )
     )
-    classes: dict[str, int] = dict(rows.tuples().all())
+    classes: dict[str, int] = dict(rows.all())
     contradicted = classes["failure"] - (350 + 80 + 70 + 50)  # successes against their own verification
     assert 0 <= contradicted <= 10
     assert classes["success"] + classes["unverified"] + contradicted == 917
