@@ -1,0 +1,303 @@
+"""Landing rows in `execution_telemetry`: COPY into a staging table, one INSERT, corrections by version.
+
+Belongs here: the SQL that makes intake idempotent and independent of the order of arrival. Does not belong
+here: what a valid row is (`contract`), where rows come from (`intake`), what becomes of others (`rejects`).
+
+Versions. Rows of one execution_id are versions of one execution, ordered by `reported_at` and, where that
+ties, by the MD5 of the content. The last version stands; one without `reported_at` comes before all that have
+one. Each step from a version to the next is one UPDATE, so that the trigger on the table writes the history.
+`created_at` is the earliest arrival of any version. Identity (site, host, start) never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import sql
+
+from flywheel_pipeline.database.tables import execution_telemetry
+from flywheel_pipeline.telemetry.contract import COLUMNS, ParsedRow, Reject
+
+#: How PostgreSQL refuses a row: a bad value, a broken constraint, a RAISE in somebody's trigger.
+_REFUSALS: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
+
+_IDENTITY: Final = ("execution_id", "site_id", "hostname")
+_CONTENT: Final = tuple(name for name in COLUMNS if name not in (*_IDENTITY, "reported_at", "created_at"))
+_ANALYZE_FROM_ROWS: Final = 1_000
+_REPORTED_AT: Final = COLUMNS.index("reported_at")
+_COPY_TYPES: Final[tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...]] = (
+    (sa.Boolean, "bool"),
+    (sa.Integer, "int4"),
+    (sa.Double, "float8"),
+    (sa.Numeric, "numeric"),
+    (sa.TIMESTAMP, "timestamptz"),
+    (sa.JSON, "jsonb"),
+    (sa.String, "text"),
+)
+
+
+@dataclass(slots=True)
+class Landed:
+    """What became of rows, by their position in the sequence that was landed.
+
+    `inserted` and `corrected` count rows; `superseded` are older than what stands already and `repeated` say
+    nothing new, neither changes a value; `refused` maps a position to the reason.
+    """
+
+    inserted: int = 0
+    corrected: int = 0
+    repeated: int = 0
+    superseded: int = 0
+    refused: dict[int, Reject] = field(default_factory=dict)
+
+    def add(self, other: Landed) -> None:
+        """Add the counts and refusals of `other`, whose positions are of the same sequence."""
+        self.inserted += other.inserted
+        self.corrected += other.corrected
+        self.repeated += other.repeated
+        self.superseded += other.superseded
+        self.refused.update(other.refused)
+
+
+def land(connection: psycopg.Connection[Any], rows: Sequence[ParsedRow]) -> Landed:
+    """Insert new executions and apply corrections, inside the caller's open transaction.
+
+    A row that PostgreSQL itself refuses is found by halving and named in `refused`; the others land.
+    Raises psycopg.OperationalError when the database goes away.
+    """
+    connection.execute(_STAGING)
+    return _land(connection, list(enumerate(rows)))
+
+
+def _land(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+    if not rows:
+        return Landed()
+    try:
+        with connection.transaction():
+            return _merge(connection, rows)
+    except _REFUSALS as error:
+        if len(rows) == 1:
+            reason = error.diag.message_primary or str(error)
+            return Landed(refused={rows[0][0]: Reject("refused_by_database", reason)})
+    middle = len(rows) // 2
+    landed = _land(connection, rows[:middle])
+    landed.add(_land(connection, rows[middle:]))
+    return landed
+
+
+def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+    landed = Landed()
+    rounds, twins = _versions(rows)
+    landed.repeated = sum(map(len, twins.values()))
+    with connection.cursor() as cursor:
+        cursor.execute(_EMPTY)
+        with cursor.copy(_COPY) as copy:
+            copy.set_types(_STAGED_TYPES)
+            for version, staged in enumerate(rounds):
+                for position, row in staged:
+                    copy.write_row((position, version, *row.values))
+        if len(rows) >= _ANALYZE_FROM_ROWS:
+            cursor.execute(_ANALYZE)
+        for version, staged in enumerate(rounds):
+            if version == 0:
+                landed.inserted = cursor.execute(_INSERT).rowcount
+                if landed.inserted == len(staged):
+                    continue
+                landed.repeated -= landed.inserted  # they equal themselves in the comparison below
+            landed.repeated += len(staged)
+            _apply(cursor, version, landed)
+    for position in landed.refused.keys() & twins.keys():
+        landed.repeated -= len(twins[position])
+        landed.refused.update(dict.fromkeys(twins[position], landed.refused[position]))
+    return landed
+
+
+def _versions(
+    rows: Iterable[tuple[int, ParsedRow]],
+) -> tuple[list[list[tuple[int, ParsedRow]]], dict[int, list[int]]]:
+    """Split rows into rounds in which no execution occurs twice, oldest versions first.
+
+    Equal rows stand there once; the second result maps the position of that one to those of its twins.
+    """
+    versions: dict[str, list[tuple[int, ParsedRow]]] = {}
+    twins: dict[int, list[int]] = {}
+    repeated: set[str] = set()
+    for item in rows:
+        known = versions.setdefault(item[1].execution_id, [])
+        if known:
+            twin = next((other[0] for other in known if other[1].values == item[1].values), None)
+            if twin is not None:
+                twins.setdefault(twin, []).append(item[0])
+                continue
+            repeated.add(item[1].execution_id)
+        known.append(item)
+    for execution_id in repeated:
+        versions[execution_id].sort(key=_reported)
+    rounds: list[list[tuple[int, ParsedRow]]] = []
+    for known in versions.values():
+        for number, item in enumerate(known):
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(item)
+    return rounds, twins
+
+
+def _reported(item: tuple[int, ParsedRow]) -> float:
+    reported_at = item[1].values[_REPORTED_AT]
+    return float("-inf") if reported_at is None else reported_at.timestamp()
+
+
+def _apply(cursor: psycopg.Cursor[Any], version: int, landed: Landed) -> None:
+    """Compare one round with what stands, and write what is newer."""
+    newer: list[int] = []
+    earlier: list[int] = []
+    for position, verdict, arrived_earlier, reason in cursor.execute(
+        _COMPARE, {"version": version}
+    ).fetchall():
+        landed.repeated -= 1
+        if verdict in ("conflicting_identity", "undated_correction"):
+            landed.refused[position] = Reject(verdict, reason)
+            continue
+        match verdict:
+            case "corrected":
+                landed.corrected += 1
+                newer.append(position)
+            case "confirmed":
+                landed.repeated += 1
+                newer.append(position)
+            case "superseded":
+                landed.superseded += 1
+            case _:
+                landed.repeated += 1
+        if arrived_earlier and verdict not in ("corrected", "confirmed"):
+            earlier.append(position)
+    if newer:
+        cursor.execute(_REPLACE, {"positions": newer})
+    if earlier:
+        cursor.execute(_ARRIVED_EARLIER, {"positions": earlier})
+
+
+def _names(columns: Iterable[str], alias: str | None = None) -> sql.Composed:
+    parts = [sql.Identifier(name) if alias is None else sql.Identifier(alias, name) for name in columns]
+    return sql.SQL(", ").join(parts)
+
+
+def _copy_type(column: str) -> str:
+    declared = execution_telemetry.c[column].type
+    return next(name for kind, name in _COPY_TYPES if isinstance(declared, kind))
+
+
+_STAGED_TYPES: Final = ["int8", "int8", *map(_copy_type, COLUMNS)]
+
+_STAGING: Final = sql.SQL(
+    "CREATE TEMPORARY TABLE IF NOT EXISTS staged_executions ON COMMIT DELETE ROWS AS "
+    "SELECT 0::bigint AS position, 0::bigint AS version, {columns} FROM execution_telemetry WITH NO DATA"
+).format(columns=_names(COLUMNS))
+
+_EMPTY: Final = sql.SQL("DELETE FROM staged_executions")
+
+_COPY: Final = sql.SQL(
+    "COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)"
+).format(columns=_names(COLUMNS))
+
+_ANALYZE: Final = sql.SQL("ANALYZE staged_executions (execution_id, version)")
+
+# In the order of the key, so that two importers of the same rows wait for each other instead of deadlocking.
+_INSERT: Final = sql.SQL(
+    """
+    INSERT INTO execution_telemetry ({columns})
+    SELECT {columns} FROM staged_executions s
+    WHERE version = 0 AND NOT EXISTS (SELECT FROM execution_telemetry t WHERE t.execution_id = s.execution_id)
+    ORDER BY execution_id
+    ON CONFLICT (execution_id) DO NOTHING
+    """
+).format(columns=_names(COLUMNS))
+
+_SAME: Final = sql.SQL("(ROW({s}) IS NOT DISTINCT FROM ROW({t}))").format(
+    s=_names(_CONTENT, "s"), t=_names(_CONTENT, "t")
+)
+_REPORTED: Final = sql.SQL("coalesce({}.reported_at, '-infinity')")
+
+# Only rows that are not plainly the same come back, and locked: what PostgreSQL had to wait for it compares
+# again.
+_COMPARE: Final = sql.SQL(
+    """
+    SELECT s.position,
+      CASE
+        WHEN s.hostname <> t.hostname OR s.started_at <> t.started_at OR {other_site}
+          THEN 'conflicting_identity'
+        WHEN {same} AND {s_at} <= {t_at} THEN 'repeated'
+        WHEN {same} THEN 'confirmed'
+        WHEN s.reported_at IS NULL AND t.reported_at IS NULL THEN 'undated_correction'
+        WHEN {s_at} > {t_at} THEN 'corrected'
+        WHEN {s_at} < {t_at} THEN 'superseded'
+        WHEN md5(ROW({s_content})::text) COLLATE "C" > md5(ROW({t_content})::text) COLLATE "C"
+          THEN 'corrected'
+        ELSE 'superseded'
+      END AS verdict,
+      s.created_at < t.created_at AS arrived_earlier,
+      CASE
+        WHEN s.hostname <> t.hostname
+          THEN format('execution %s is known from host %s, and this row names host %s',
+                      s.execution_id, t.hostname, s.hostname)
+        WHEN s.started_at <> t.started_at
+          THEN format('execution %s is known to have started_at %s, and this row says %s',
+                      s.execution_id, t.started_at, s.started_at)
+        WHEN s.site_id <> t.site_id
+          THEN format('execution %s is known from site %s, and this row names site %s',
+                      s.execution_id, t.site_id, s.site_id)
+        ELSE format('execution %s is known with other values, and neither row has a reported_at that would '
+                    'tell which is newer', s.execution_id)
+      END AS reason
+    FROM staged_executions s
+    JOIN execution_telemetry t ON t.execution_id = s.execution_id
+    WHERE s.version = %(version)s
+      AND (NOT {same} OR {s_at} > {t_at} OR s.created_at < t.created_at
+           OR s.hostname <> t.hostname OR s.site_id <> t.site_id)
+    ORDER BY t.execution_id
+    FOR UPDATE OF t
+    """.replace("%s", "%%s")
+).format(
+    same=_SAME,
+    s_at=_REPORTED.format(sql.Identifier("s")),
+    t_at=_REPORTED.format(sql.Identifier("t")),
+    s_content=_names(_CONTENT, "s"),
+    t_content=_names(_CONTENT, "t"),
+    # A renamed site is the same site. Aliases never chain, so one step on each side is enough.
+    other_site=sql.SQL(
+        """
+        CASE WHEN s.site_id <> t.site_id THEN NOT EXISTS (
+          SELECT FROM site_aliases a
+          WHERE (a.alias = s.site_id AND a.site_id = t.site_id)
+             OR (a.alias = t.site_id AND a.site_id = s.site_id)
+             OR (a.alias = s.site_id AND EXISTS (
+                   SELECT FROM site_aliases b WHERE b.alias = t.site_id AND b.site_id = a.site_id)))
+        ELSE false END
+        """
+    ),
+)
+
+_REPLACE: Final = sql.SQL(
+    """
+    UPDATE execution_telemetry t
+    SET {assignments}, reported_at = s.reported_at, created_at = least(t.created_at, s.created_at)
+    FROM staged_executions s
+    WHERE s.execution_id = t.execution_id AND s.position = ANY (%(positions)s)
+    """
+).format(
+    assignments=sql.SQL(", ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(name), sql.Identifier("s", name)) for name in _CONTENT
+    )
+)
+
+_ARRIVED_EARLIER: Final = sql.SQL(
+    """
+    UPDATE execution_telemetry t SET created_at = s.created_at
+    FROM staged_executions s
+    WHERE s.execution_id = t.execution_id AND s.position = ANY (%(positions)s) AND s.created_at < t.created_at
+    """
+)

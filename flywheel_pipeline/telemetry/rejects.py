@@ -1,0 +1,264 @@
+"""Rejects: rows that broke the contract, kept with their bytes and the reason until someone decides.
+
+Belongs here: recording, listing, retrying and discarding refused rows. Does not belong here: the reasons
+themselves (`contract`) and reading files (`intake`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Final, Literal
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.rows import class_row
+
+from flywheel_pipeline.database.tables import telemetry_rejects
+from flywheel_pipeline.errors import UsageError
+from flywheel_pipeline.telemetry.contract import ParsedRow, Reject, parse_line
+from flywheel_pipeline.telemetry.landing import land
+
+Status = Literal["open", "accepted", "discarded"]
+
+_RETRY_ROWS: Final = 5_000
+_RETRY_BYTES: Final = 32 << 20
+#: Refusals that speak of the bytes and not of a field: trying again says nothing new about them.
+_UNREADABLE: Final = frozenset(
+    {"invalid_utf8", "invalid_json", "not_an_object", "truncated", "line_too_long", "nul_character"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedRow:
+    """One row refused on its way in.
+
+    `payload` are its bytes, cut at LINE_LIMIT_BYTES; `payload_bytes` and `payload_hash` (SHA-256, hex) are of
+    the whole; `line_number` is 1-based in the source, None where there are no lines.
+    """
+
+    line_number: int | None
+    reject: Reject
+    payload: bytes
+    payload_bytes: int
+    payload_hash: str
+
+    @classmethod
+    def of(cls, line_number: int | None, reject: Reject, payload: bytes) -> RefusedRow:
+        """Make a refused row whose whole payload is at hand."""
+        return cls(line_number, reject, payload, len(payload), sha256(payload).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRow:
+    """One row of `telemetry_rejects` as the command line lists it."""
+
+    id: int
+    received_at: datetime
+    source: str
+    line_number: int | None
+    reason_code: str
+    reason: str
+    payload: bytes
+    payload_bytes: int
+    times_seen: int
+    status: Status
+    retried_at: datetime | None
+    execution_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryReport:
+    """What a retry did: rows tried, rows accepted, and the refused ones counted by reason code."""
+
+    tried: int
+    accepted: int
+    refused: Counter[str]
+
+
+def record(
+    connection: psycopg.Connection[Any], source: str, received_at: datetime, rows: Sequence[RefusedRow]
+) -> list[int]:
+    """Write refused rows inside the caller's transaction and return their ids.
+
+    The same bytes on the same line of the same source are one reject; it counts how often it was seen.
+    """
+    if not rows:
+        return []
+    found = connection.execute(
+        """
+        INSERT INTO telemetry_rejects AS r (
+          received_at, source, line_number, reason_code, reason, payload, payload_bytes, payload_hash)
+        SELECT %(received_at)s, %(source)s, n.line_number, n.reason_code, n.reason, n.payload, n.bytes, n.hash
+        FROM unnest(%(lines)s::bigint[], %(codes)s::text[], %(reasons)s::text[], %(payloads)s::bytea[],
+                    %(bytes)s::bigint[], %(hashes)s::text[])
+          AS n (line_number, reason_code, reason, payload, bytes, hash)
+        ORDER BY n.line_number, n.hash
+        ON CONFLICT (source, line_number, payload_hash) DO UPDATE
+          SET times_seen = r.times_seen + 1, reason_code = excluded.reason_code, reason = excluded.reason
+        RETURNING r.id
+        """,
+        {
+            "received_at": received_at,
+            "source": source,
+            "lines": [row.line_number for row in rows],
+            "codes": [row.reject.reason_code for row in rows],
+            "reasons": [row.reject.reason.replace("\x00", "\\x00") for row in rows],
+            "payloads": [row.payload for row in rows],
+            "bytes": [row.payload_bytes for row in rows],
+            "hashes": [row.payload_hash for row in rows],
+        },
+        binary=True,
+    )
+    return [id_ for (id_,) in found.fetchall()]
+
+
+def list_rejects(
+    connection: sa.Connection, status: Status | None = "open", limit: int | None = 50
+) -> list[RejectRow]:
+    """Rejects of a status (None: of any), the latest first."""
+    query = sa.select(*(telemetry_rejects.c[name] for name in RejectRow.__dataclass_fields__))
+    if status is not None:
+        query = query.where(telemetry_rejects.c.status == status)
+    rows = connection.execute(query.order_by(telemetry_rejects.c.id.desc()).limit(limit))
+    return [RejectRow(**row) for row in rows.mappings()]
+
+
+def retry(engine: sa.Engine, ids: Sequence[int] | None = None, *, now: datetime | None = None) -> RetryReport:
+    """Hold open rejects (all, or those of `ids`) against the contract again; what passes lands.
+
+    `now` (default: the real time) is the clock of the contract. Rows whose bytes were cut stay refused.
+    Batches commit one by one, so an interrupted retry keeps what it did and can be run again.
+
+    Raises UsageError when one of `ids` is no open reject.
+    """
+    now = now or datetime.now(UTC)
+    if ids is not None:
+        with engine.connect() as connection:
+            _require_open(connection, ids)
+    tried = accepted = last = 0
+    refused: Counter[str] = Counter()
+    while True:
+        with engine.begin() as outer:
+            connection_ = outer.connection.driver_connection
+            assert isinstance(connection_, psycopg.Connection)  # noqa: S101 - engine.DRIVER
+            batch = _open_rejects(connection_, ids, last)
+            if not batch:
+                return RetryReport(tried, accepted, refused)
+            good, bad = _retry_batch(connection_, batch, now)
+        last = batch[-1].id
+        tried += len(batch)
+        accepted += good
+        refused += bad
+
+
+def discard(connection: sa.Connection, ids: Sequence[int]) -> int:
+    """Give open rejects up for good; they stay on record. Returns their number.
+
+    Raises UsageError when one of `ids` is no open reject; then none is discarded.
+    """
+    _require_open(connection, ids)
+    return connection.execute(
+        sa.update(telemetry_rejects)
+        .where(telemetry_rejects.c.id.in_(list(ids)), telemetry_rejects.c.status == "open")
+        .values(status="discarded")
+    ).rowcount
+
+
+def _require_open(connection: sa.Connection, ids: Sequence[int]) -> None:
+    found = connection.execute(
+        sa.select(telemetry_rejects.c.id).where(
+            telemetry_rejects.c.id.in_(list(ids)), telemetry_rejects.c.status == "open"
+        )
+    )
+    missing = sorted(set(ids) - set(found.scalars()))
+    if missing:
+        raise UsageError(
+            f"No open reject has the id {', '.join(map(str, missing))}.",
+            hint="`flywheel rejects list` shows the open ones.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    id: int
+    received_at: datetime
+    line_number: int | None
+    reason_code: str
+    payload: bytes
+    payload_bytes: int
+
+
+def _open_rejects(connection: psycopg.Connection[Any], ids: Sequence[int] | None, last: int) -> list[_Open]:
+    with connection.cursor(row_factory=class_row(_Open), binary=True) as cursor:
+        return cursor.execute(
+            """
+            SELECT id, received_at, line_number, reason_code, payload, payload_bytes
+            FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS before
+                  FROM telemetry_rejects
+                  WHERE status = 'open' AND id > %(last)s
+                    AND (%(ids)s::bigint[] IS NULL OR id = ANY (%(ids)s))
+                  ORDER BY id LIMIT %(rows)s) r
+            WHERE before < %(bytes)s
+            ORDER BY id
+            """,
+            {
+                "last": last,
+                "ids": None if ids is None else list(ids),
+                "rows": _RETRY_ROWS,
+                "bytes": _RETRY_BYTES,
+            },
+        ).fetchall()
+
+
+def _retry_batch(
+    connection: psycopg.Connection[Any], batch: Sequence[_Open], now: datetime
+) -> tuple[int, Counter[str]]:
+    rows: list[tuple[_Open, ParsedRow]] = []
+    refused: list[tuple[_Open, Reject]] = []
+    for item in batch:
+        parsed: ParsedRow | Reject
+        if item.payload_bytes > len(item.payload):
+            parsed = Reject(item.reason_code, "")
+        else:
+            parsed = parse_line(item.payload, item.line_number, received_at=now)
+        if isinstance(parsed, Reject):
+            refused.append((item, parsed))
+        else:
+            rows.append((item, parsed.received_by(item.received_at)))
+    landed = land(connection, [row for _, row in rows])
+    refused += [(rows[position][0], reject) for position, reject in landed.refused.items()]
+    good = [pair for position, pair in enumerate(rows) if position not in landed.refused]
+    connection.execute(
+        """
+        UPDATE telemetry_rejects r
+        SET status = 'accepted', execution_id = n.execution_id, retried_at = clock_timestamp()
+        FROM unnest(%s::bigint[], %s::text[]) AS n (id, execution_id)
+        WHERE r.id = n.id AND r.status = 'open'
+        """,
+        ([item.id for item, _ in good], [row.execution_id for _, row in good]),
+    )
+    told = [(item, reject) for item, reject in refused if reject.reason_code not in _UNREADABLE]
+    connection.execute(
+        "UPDATE telemetry_rejects SET retried_at = clock_timestamp() WHERE id = ANY (%s)",
+        ([item.id for item, _ in refused],),
+    )
+    connection.execute(
+        """
+        UPDATE telemetry_rejects r SET reason_code = n.code, reason = n.reason
+        FROM unnest(%s::bigint[], %s::text[], %s::text[]) AS n (id, code, reason)
+        WHERE r.id = n.id AND r.status = 'open'
+        """,
+        (
+            [item.id for item, _ in told],
+            [reject.reason_code for _, reject in told],
+            [reject.reason.replace("\x00", "\\x00") for _, reject in told],
+        ),
+    )
+    return len(good), Counter(
+        item.reason_code if reject.reason_code in _UNREADABLE else reject.reason_code
+        for item, reject in refused
+    )
