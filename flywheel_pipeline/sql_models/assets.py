@@ -1,0 +1,151 @@
+"""The models as Dagster assets: their specs, and what a materialization says of them.
+
+Belongs here: specs and metadata of any model. Does not belong here: which asset function refreshes them
+(the rooms' `assets.py`) and what a model computes.
+"""
+
+# ruff: noqa: S608 (identifiers come from checked model headers; there are no values in this SQL)
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+
+from flywheel_pipeline.sql_models.cells import CellCounts
+from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel
+from flywheel_pipeline.sql_models.metadata import markdown_table
+from flywheel_pipeline.sql_models.relations import execute, quote
+
+PREVIEW_ROWS = 5
+# Above this planner cost (about a second) a view is not counted or previewed on each run: the cost of a
+# refresh follows the new rows, and its metadata must too.
+COUNT_COST_LIMIT = 100_000.0
+
+
+def asset_spec(
+    model: SqlModel, graph: ModelGraph, *, source_keys: Mapping[str, dg.AssetKey | None] | None = None
+) -> dg.AssetSpec:
+    """Describe a model as a Dagster asset.
+
+    Args:
+        model: the model.
+        graph: all models.
+        source_keys: asset keys of tables that other assets write, by table name; None as a value leaves
+            the table out of the lineage. A table not named here becomes a dependency under its own name.
+
+    Returns:
+        The spec: key [name], room as group, dependencies, a description that leads with its most important
+        sentence, owner, kinds, tags, code version, column schema and lineage, the SQL, and a link to its
+        file.
+    """
+    keys = source_keys or {}
+    deps: list[dg.AssetKey] = []
+    for name in sorted(model.dependencies):
+        key = dg.AssetKey([name]) if name in graph.models else keys.get(name, dg.AssetKey([name]))
+        if key is not None and key not in deps:
+            deps.append(key)
+    consumers = f"\n\nConsumers: {', '.join(model.consumers)}." if model.consumers else ""
+    return dg.AssetSpec(
+        key=dg.AssetKey([model.name]),
+        group_name=model.room,
+        deps=deps,
+        description=f"{model.description}\n\nGrain: {model.grain}.{consumers}",
+        owners=[model.owner],
+        kinds={"postgres", "sql", model.materialized},
+        tags=dict(model.tags),
+        code_version=model.content_hash[:12],
+        metadata={
+            "dagster/column_schema": dg.TableSchema(
+                columns=[
+                    dg.TableColumn(
+                        name=column,
+                        type=declared,
+                        description=description,
+                        constraints=dg.TableColumnConstraints(nullable=column not in model.key),
+                    )
+                    for column, (declared, description) in model.columns.items()
+                ]
+            ),
+            "dagster/column_lineage": column_lineage(model, source_keys=keys),
+            "dagster/table_name": f"public.{model.name}",
+            "dagster/code_references": _code_reference(model),
+            "file": dg.MetadataValue.path(str(model.path)),
+            "key": dg.MetadataValue.text(", ".join(model.key)),
+            "sql": dg.MetadataValue.md(f"```sql\n{model.sql}\n```"),
+        },
+    )
+
+
+def _code_reference(model: SqlModel) -> dg.CodeReferencesMetadataValue:
+    """Link to the model's file. The class is in beta; our exact pin on dagster keeps it from changing unseen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        reference = dg.LocalFileCodeReference(file_path=str(model.path), line_number=1, label=model.file)
+        return dg.CodeReferencesMetadataValue(code_references=[reference])
+
+
+def column_lineage(
+    model: SqlModel, *, source_keys: Mapping[str, dg.AssetKey | None] | None = None
+) -> dg.TableColumnLineage:
+    """Give the model's column lineage in Dagster's form, over its direct dependencies."""
+    keys = source_keys or {}
+    return dg.TableColumnLineage(
+        deps_by_column={
+            column: [
+                dg.TableColumnDep(asset_key=key, column_name=source_column)
+                for relation, source_column in sources
+                if (key := keys.get(relation, dg.AssetKey([relation]))) is not None
+            ]
+            for column, sources in model.column_lineage.items()
+        }
+    )
+
+
+def materialization_metadata(
+    connection: sa.Connection, model: SqlModel, counts: CellCounts | None = None
+) -> dict[str, Any]:
+    """Say what a model holds now, for a materialization in the Dagster UI.
+
+    Numbers stand as numbers, so that Dagster plots them. Rows are counted where the planner expects that to
+    be cheap; else its estimate stands under a name of its own, `row_count_estimate`.
+
+    Args:
+        connection: any connection to the database.
+        model: the model.
+        counts: what a recompute did to a cell model.
+
+    Returns:
+        Metadata by name, every value acceptable to Dagster.
+    """
+    metadata: dict[str, Any] = {}
+    rows, cost = _estimate(connection, model)
+    if cost <= COUNT_COST_LIMIT:
+        counted = execute(connection, f"SELECT count(*) FROM {quote(model.name)}").scalar_one()
+        metadata["dagster/row_count"] = int(counted)
+        columns = ", ".join(quote(column) for column in model.columns)
+        sample = execute(connection, f"SELECT {columns} FROM {quote(model.name)} LIMIT {PREVIEW_ROWS}")
+        preview = markdown_table([dict(row) for row in sample.mappings()], list(model.columns))
+        metadata["preview"] = dg.MetadataValue.md(preview)
+    else:
+        metadata["row_count_estimate"] = int(rows)
+        metadata["preview"] = dg.MetadataValue.md(
+            f"Not counted: the planner expects a cost of {cost:,.0f}, above {COUNT_COST_LIMIT:,.0f}."
+        )
+    if counts is not None:
+        metadata["rows_inserted"] = counts.inserted
+        metadata["rows_updated"] = counts.updated
+        metadata["rows_deleted"] = counts.deleted
+        metadata["rows_unchanged"] = counts.unchanged
+    metadata["sql"] = dg.MetadataValue.md(f"```sql\n{model.sql}\n```")
+    return metadata
+
+
+def _estimate(connection: sa.Connection, model: SqlModel) -> tuple[float, float]:
+    """Give the planner's (rows, cost) for reading the whole model."""
+    plan = execute(connection, f"EXPLAIN (FORMAT JSON) SELECT * FROM {quote(model.name)}").scalar_one()
+    top = (json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]
+    return float(top["Plan Rows"]), float(top["Total Cost"])

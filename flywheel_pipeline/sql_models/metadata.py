@@ -1,0 +1,105 @@
+"""Turning values from the database and from numpy into values that Dagster metadata accepts.
+
+Belongs here: coercion and small markdown tables, for all rooms. Does not belong here: what is worth showing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import math
+import pathlib
+import uuid
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+Plain = bool | int | float | str | None | list["Plain"] | dict[str, "Plain"]
+
+_LONGEST_CELL = 120
+
+
+def as_metadata(value: object) -> Plain:
+    """Coerce a value to what Dagster metadata, and JSON, can hold.
+
+    numpy scalars and arrays, Decimal, dates, UUID, sets, enums, paths, dataclasses and bytes become plain
+    Python; containers are coerced through and through. A whole Decimal becomes an int, another one a float.
+    Times are ISO 8601. Not-a-number and infinities become strings, since JSON has no word for them.
+    Durations are seconds.
+
+    Args:
+        value: anything a query, numpy or a model gives.
+
+    Returns:
+        bool, int, float, str, None, or lists and dicts of these.
+
+    Raises:
+        TypeError: a type of which nobody said how to show it; better than a `repr` that nobody can read.
+    """
+    if value is None or (isinstance(value, bool | str) and not isinstance(value, enum.Enum)):
+        return str(value) if isinstance(value, str) else value
+    if isinstance(value, enum.Enum):
+        return as_metadata(value.value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, decimal.Decimal):
+        if not value.is_finite():
+            return str(value)
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dt.datetime | dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    if isinstance(value, uuid.UUID | pathlib.PurePath):
+        return str(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, Mapping):
+        return {str(as_metadata(key)): as_metadata(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_metadata(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Set):
+        return sorted((as_metadata(item) for item in value), key=lambda item: (str(type(item)), str(item)))
+    if isinstance(value, Sequence):
+        return [as_metadata(item) for item in value]
+    tolist = getattr(value, "tolist", None)  # numpy scalars and arrays, pandas series
+    if callable(tolist):
+        return as_metadata(tolist())
+    dump = getattr(value, "model_dump", None)  # pydantic
+    if callable(dump):
+        return as_metadata(dump())
+    raise TypeError(f"no way to show a {type(value).__name__} in metadata")
+
+
+def markdown_table(rows: Iterable[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
+    """Give a markdown table; long cells are cut, null is an empty cell.
+
+    Args:
+        rows: one mapping a row.
+        columns: which to show, in order; None takes those of the first row.
+
+    Returns:
+        The table, or "no rows" where there is none.
+    """
+    listed = [dict(row) for row in rows]
+    if not listed:
+        return "no rows"
+    shown = list(columns if columns is not None else listed[0])
+    lines = [
+        "| " + " | ".join(_cell(column) for column in shown) + " |",
+        "|" + "---|" * len(shown),
+        *("| " + " | ".join(_cell(row.get(column)) for column in shown) + " |" for row in listed),
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    plain = as_metadata(value)
+    if plain is None:
+        return ""
+    text = f"{plain:.4g}" if isinstance(plain, float) else str(plain)
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
