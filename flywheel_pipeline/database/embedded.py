@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import pwd
+import select
 import shutil
 import signal
 import subprocess
@@ -35,8 +36,9 @@ from flywheel_pipeline.errors import DatabaseUnavailable
 DATABASE = "flywheel"
 ROLE = "flywheel"
 PORT = 5432  # names the socket file only: the server listens on no network address
-START_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 180.0  # recovery of 2 GB of WAL on a slow disk
 STOP_TIMEOUT_SECONDS = 60.0
+LOG_LIMIT_BYTES = 10 * 1024 * 1024  # a longer log is set aside at the next start
 
 # Defaults of a new data directory, written into its postgresql.conf: a user may change them there.
 INITIAL_SETTINGS: Mapping[str, str] = {
@@ -74,7 +76,7 @@ class _Owner:
 
 
 class EmbeddedServer:
-    """One PostgreSQL 18 under `home`: its data in `home/postgres`, its log in `home/postgres.log`.
+    """One PostgreSQL 18 under `home`: its data in `home/postgres`, its log in `home/logs`.
 
     Any number of processes may hold an EmbeddedServer of one home at once; a file lock orders their starts.
     The server outlives the process that started it, until `stop()`. It listens on a Unix socket only, in a
@@ -92,7 +94,7 @@ class EmbeddedServer:
         self.home = home.expanduser().resolve()
         self.options = dict(options or {})
         self.data = self.home / "postgres"
-        self.log = self.home / "postgres.log"
+        self.log = self.home / "logs" / "postgres.log"
         digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()[:16]
         self.socket_directory = _short_temporary_root() / f"flywheel-{digest}"
 
@@ -151,7 +153,7 @@ class EmbeddedServer:
 
     def _make_home(self) -> None:
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
+            self.log.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DatabaseUnavailable(
                 f"The directory {self.home} cannot be created: {error.strerror}.",
@@ -220,7 +222,8 @@ class EmbeddedServer:
                 )
             return
         for left_over in self.home.glob("postgres.init-*"):
-            shutil.rmtree(left_over)
+            # An initdb whose parent was killed may still be writing there; a later start removes it then.
+            shutil.rmtree(left_over, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix="postgres.init-", dir=self.home))
         settings = [part for name, value in INITIAL_SETTINGS.items() for part in ("--set", f"{name}={value}")]
         if _small_shared_memory():
@@ -287,20 +290,17 @@ class EmbeddedServer:
                 hint="Remove it, or set FLYWHEEL_HOME to another directory.",
             )
         self.socket_directory.chmod(0o700)
+        for left_over in self.socket_directory.iterdir():
+            left_over.unlink()
 
     def _start(self, binaries: Path, owner: _Owner) -> None:
         """Start the postmaster and wait until it accepts connections."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        if self._postmaster() is not None:
-            # Alive but not answering: starting up, shutting down, or its socket was removed under it.
-            while (
-                self._postmaster() is not None and time.monotonic() < deadline - START_TIMEOUT_SECONDS * 5 / 6
-            ):
-                if self.is_running():
-                    return
-                time.sleep(0.05)
-            self._stop("fast")
+        if self._wait_for_the_one_that_lives(deadline):
+            return
         self._make_socket_directory(owner)
+        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT_BYTES:
+            self.log.replace(self.log.with_suffix(".log.1"))
         settings = {
             "listen_addresses": "",
             "unix_socket_directories": str(self.socket_directory),
@@ -312,18 +312,8 @@ class EmbeddedServer:
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         problem = "it gave no reason"
         while time.monotonic() < deadline:
-            # Only under the lock and after _postmaster() said nobody is there: the file is a dead one's.
-            (self.data / "postmaster.pid").unlink(missing_ok=True)
             written = self.log.stat().st_size if self.log.exists() else 0
-            with self.log.open("ab") as log, _reachable(self.data, owner) as (path, descriptors):
-                # The shell puts the server into the background and ends, so that it is nobody's zombie here.
-                _run_as(
-                    owner,
-                    ["/bin/sh", "-c", '"$@" &', "sh", str(binaries / "postgres"), "-D", path, *arguments],
-                    descriptors,
-                    output=log.fileno(),
-                )
-            if self._wait_until_up(deadline):
+            if self._launch(binaries, owner, arguments, deadline):
                 return
             with self.log.open("rb") as log:
                 log.seek(written)
@@ -337,19 +327,74 @@ class EmbeddedServer:
             hint=f"Read {self.log}, or {_ELSEWHERE}.",
         )
 
-    def _wait_until_up(self, deadline: float) -> bool:
-        """Wait for the first connection; False when the postmaster is gone or the time is over."""
-        appeared = False
-        grace = time.monotonic() + 5.0
-        while time.monotonic() < deadline:
+    def _not_a_postmaster(self) -> dict[str, str]:
+        """Environment that tells a starting server that the pid in a stale postmaster.pid is no postmaster.
+
+        That number may by now be a zombie's or another program's, and PostgreSQL would refuse to start. The
+        file itself must stay: it names the shared memory, by which PostgreSQL sees that backends of a killed
+        postmaster still write. PG_GRANDPARENT_PID is pg_ctl's way to say the same.
+        """
+        try:
+            stale = (self.data / "postmaster.pid").read_text().split("\n", 1)[0].strip()
+        except FileNotFoundError:
+            return {}
+        return {"PG_GRANDPARENT_PID": stale}
+
+    def _wait_for_the_one_that_lives(self, deadline: float) -> bool:
+        """Tell whether a postmaster of this data directory is alive and came to accept connections.
+
+        One that is starting, recovering or stopping is waited for. One that calls itself ready and cannot be
+        reached lost its socket (a cleaner of temporary files): it is stopped.
+        """
+        unreachable_since: float | None = None
+        while self._postmaster() is not None and time.monotonic() < deadline:
             if self.is_running():
                 return True
-            present = self._postmaster() is not None
-            appeared = appeared or present
-            if not present and (appeared or time.monotonic() > grace):
-                return False
-            time.sleep(0.02)
+            if not self._calls_itself_ready():
+                unreachable_since = None
+            elif unreachable_since is None:
+                unreachable_since = time.monotonic()
+            elif time.monotonic() - unreachable_since > 2.0:
+                self._stop("fast")
+            time.sleep(0.05)
         return False
+
+    def _calls_itself_ready(self) -> bool:
+        """Read the status that the postmaster keeps in line 8 of postmaster.pid (miscadmin.h)."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) >= 8 and lines[7].strip() == "ready"
+
+    def _launch(self, binaries: Path, owner: _Owner, arguments: Sequence[str], deadline: float) -> bool:
+        """Put a postmaster into the background; tell whether it came to accept connections.
+
+        It holds the writing end of a pipe for its life: end of file says at once that it is gone.
+        """
+        alive, held = os.pipe()
+        try:
+            with self.log.open("ab") as log, _reachable(self.data, owner) as (path, descriptors):
+                # The shell starts it in the background and ends, so that it is never our zombie.
+                _run_as(
+                    owner,
+                    ["/bin/sh", "-c", '"$@" &', "sh", str(binaries / "postgres"), "-D", path, *arguments],
+                    (*descriptors, held),
+                    output=log.fileno(),
+                    environment=self._not_a_postmaster(),
+                )
+            os.close(held)
+            held = -1
+            while time.monotonic() < deadline:
+                if self.is_running():
+                    return True
+                if select.select([alive], [], [], 0.02)[0]:
+                    return False
+            return False
+        finally:
+            os.close(alive)
+            if held >= 0:
+                os.close(held)
 
     def _stop(self, mode: StopMode) -> None:
         pid = self._postmaster()
@@ -414,7 +459,11 @@ class EmbeddedServer:
                     "SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]
                 ).fetchone()
                 if found is None:
-                    connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
+                    # Where a starter was killed, its backend may be creating the database at this moment.
+                    with contextlib.suppress(
+                        psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation
+                    ):
+                        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
                 f"The embedded PostgreSQL in {self.data} refuses the connection: {_last_line(str(error))}.",
@@ -478,7 +527,12 @@ def _small_shared_memory() -> bool:
 
 
 def _run_as(
-    owner: _Owner, command: Sequence[str], descriptors: Sequence[int] = (), *, output: int | None = None
+    owner: _Owner,
+    command: Sequence[str],
+    descriptors: Sequence[int] = (),
+    *,
+    output: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as the server's user, in / and with a plain environment; its output goes to `output`."""
     try:
@@ -488,7 +542,7 @@ def _run_as(
             group=owner.gid if owner.switch else None,
             extra_groups=[] if owner.switch else None,
             cwd="/",
-            env={"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"},
+            env={"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if output is None else output,
             stderr=subprocess.PIPE if output is None else output,
