@@ -1,0 +1,98 @@
+"""The whole graph on one page: rooms in flow order, one job, one sensor, one nightly schedule.
+
+    telemetry -> aggregates -> candidates -> promotion -> delivery
+                     |                          ^
+                     +-> health (quarantines) --+
+
+Nothing here opens a connection: the code location imports in a second, and a missing database is the run's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from flywheel_pipeline.aggregates.assets import build_backfill_asset, build_refresh_asset
+from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG, aggregates_checks
+from flywheel_pipeline.candidates.assets import patterns
+from flywheel_pipeline.database.housekeeping import build_housekeeping_job
+from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.delivery.assets import build_delivery_asset
+from flywheel_pipeline.health.assets import rule_quarantines
+from flywheel_pipeline.health.checks import health_checks
+from flywheel_pipeline.promotion.assets import apply, promotion_decisions
+from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
+from flywheel_pipeline.promotion.jobs import human_jobs
+from flywheel_pipeline.sql_models.loader import load_models
+from flywheel_pipeline.telemetry.assets import external_tables
+from flywheel_pipeline.telemetry.checks import telemetry_checks
+from flywheel_pipeline.telemetry.sensors import build_telemetry_sensor
+
+PIPELINE_JOB = "pipeline"
+
+
+def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """Return the code location: assets, checks, jobs, sensor and schedules.
+
+    `resources` replaces the database resource, for a test's own database.
+    """
+    graph = load_models()
+    backfill = build_backfill_asset(graph)
+    checks = [
+        telemetry_checks,
+        aggregates_checks,
+        promotion_gates,
+        registry_checks,
+        health_checks,
+    ]
+    # Checks are named on their own: a check that nobody selected is silently left out of a job.
+    pipeline = dg.define_asset_job(
+        PIPELINE_JOB,
+        selection=(dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks(),
+        description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
+        executor_def=dg.in_process_executor,
+    )
+    backfill_job = dg.define_asset_job(
+        "backfill_days",
+        selection=dg.AssetSelection.assets(backfill),
+        description="Recomputes the cells of the chosen days from the log.",
+        executor_def=dg.in_process_executor,
+    )
+    nightly = dg.ScheduleDefinition(
+        name="nightly",
+        job=pipeline,
+        cron_schedule="17 3 * * *",
+        execution_timezone="UTC",
+        tags={FULL_RECOUNT_TAG: "true", "flywheel/trigger": "nightly"},
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="The whole graph with every counter recounted in full.",
+    )
+    housekeeping = build_housekeeping_job()
+    retention = dg.ScheduleDefinition(
+        name="nightly_housekeeping",
+        job=housekeeping,
+        cron_schedule="47 3 * * *",
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Deletes old Dagster runs with their event logs; audit facts live in Flywheel's own tables.",
+    )
+    return dg.Definitions(
+        assets=[
+            *external_tables,
+            build_refresh_asset(graph),
+            backfill,
+            patterns,
+            rule_quarantines,
+            promotion_decisions,
+            apply,
+            build_delivery_asset(graph),
+        ],
+        asset_checks=checks,
+        jobs=[pipeline, backfill_job, housekeeping, *human_jobs()],
+        schedules=[nightly, retention],
+        sensors=[build_telemetry_sensor(pipeline)],
+        resources=dict(resources or {"database": FlywheelDatabase()}),
+        executor=dg.in_process_executor,
+    )

@@ -1,0 +1,65 @@
+"""The Typer application: its groups, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 done · 1 failed or a figure is off · 2 usage · 3 database · 4 schema · 5 rows rejected · 6 port in use ·
+7 SQL model refused · 8 policy refused.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from flywheel_pipeline import __version__
+from flywheel_pipeline.cli import acts, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli.terminal import err
+from flywheel_pipeline.errors import FlywheelError
+
+app = typer.Typer(
+    name="flywheel",
+    help="Execution telemetry to promoted L1 rules: exact, explainable, fail-closed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog=(
+        "Exit codes: 0 done, 1 failed or a figure is off, 2 usage, 3 database, 4 schema, 5 some rows rejected, "
+        "6 port in use, 7 SQL model refused, 8 policy refused."
+    ),
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Execution telemetry to promoted L1 rules: exact, explainable, fail-closed."""
+
+
+pipeline.register(app)
+telemetry.register(app)
+promotion.register(app)
+acts.register(app)
+app.add_typer(database.app, name="db")
+
+
+def main() -> None:
+    """Run the command line; a FlywheelError becomes one sentence, a hint and its exit code."""
+    try:
+        app()
+    except FlywheelError as error:
+        err.print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
+        if error.hint:
+            err.print(_escaped(error.hint), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

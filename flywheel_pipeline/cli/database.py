@@ -1,0 +1,104 @@
+"""`flywheel db`: the schema, the URL, the embedded server."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import asdict
+
+import typer
+
+from flywheel_pipeline.cli.terminal import err, open_database, out, print_json, print_table, progress
+from flywheel_pipeline.errors import SchemaMismatch
+
+app = typer.Typer(help="The database: schema, URL, embedded server.", no_args_is_help=True)
+
+
+@app.command()
+def upgrade(json: bool = typer.Option(False, "--json", help="Print the changes as JSON.")) -> None:
+    """Bring the schema to this release: migrations, triggers, SQL models, seeds. A second run changes nothing."""
+    from flywheel_pipeline.database.migrate import upgrade as run
+
+    with progress("upgrading the schema"):
+        report = run(open_database(upgraded=False), progress=None)
+    if json:
+        print_json({"changes": list(report.changes)})
+    elif report.changes:
+        for change in report.changes:
+            out.print(f"  {change}", markup=False)
+        out.print(f"{len(report.changes)} changes.")
+    else:
+        out.print("The schema is up to date; nothing changed.")
+
+
+@app.command()
+def check(json: bool = typer.Option(False, "--json", help="Print the differences as JSON.")) -> None:
+    """Name every difference between the live schema and the declared one; exit 4 if there is any."""
+    from flywheel_pipeline.database.drift import check as differences
+
+    found = [asdict(difference) for difference in differences(open_database(upgraded=False))]
+    if json:
+        print_json({"differences": found})
+    else:
+        print_table(
+            f"{len(found)} differences" if found else "The live schema equals the declared one.",
+            found,
+            {"object": "object", "problem": "problem", "expected": "declared", "found": "live"} if found else {},
+        )
+    if found:
+        raise typer.Exit(SchemaMismatch.exit_code)
+
+
+@app.command()
+def url(
+    show_password: bool = typer.Option(False, "--show-password", help="Print the password too."),
+) -> None:
+    """Print the URL of the database in use, starting the embedded server if need be."""
+    from flywheel_pipeline.database.engine import resolve_url
+
+    out.file.write(resolve_url().render_as_string(hide_password=not show_password) + "\n")
+
+
+@app.command()
+def stop() -> None:
+    """Stop the embedded server; its data stay."""
+    from flywheel_pipeline.database.embedded import EmbeddedServer
+    from flywheel_pipeline.database.settings import get_settings
+
+    server = EmbeddedServer(get_settings().home)
+    if server.is_running():
+        server.stop()
+        out.print("Stopped.")
+    else:
+        out.print("It was not running.")
+
+
+@app.command()
+def purge(
+    before: dt.datetime = typer.Argument(..., formats=["%Y-%m-%d"], help="Delete telemetry of days before this one (UTC)."),
+    actor: str = typer.Option(..., "--actor", help="Who decides this."),
+    yes: bool = typer.Option(False, "--yes", help="Do not ask."),
+) -> None:
+    """Delete old telemetry; its figures stay in the aggregates, sealed."""
+    from flywheel_pipeline.aggregates.refresh import purge as run
+
+    if not yes:
+        typer.confirm(f"Delete all telemetry of days before {before.date()} for ever?", abort=True, err=True)
+    days = run(open_database(), before=before.date(), actor=actor)
+    out.print(f"Purged {sum(days.values()):,} rows of {len(days)} days; their figures stay.")
+
+
+@app.command()
+def env() -> None:
+    """Print the exports for running dagster by hand: eval "$(flywheel db env)"."""
+    import shlex
+
+    from flywheel_pipeline.database.dagster_home import dagster_environment, write_dagster_home
+    from flywheel_pipeline.database.engine import resolve_url
+    from flywheel_pipeline.database.settings import get_settings
+
+    settings = get_settings()
+    database = resolve_url(settings)
+    write_dagster_home(settings, database)
+    for name, value in dagster_environment(settings, database).items():
+        out.file.write(f"export {name}={shlex.quote(value)}\n")
+    err.print("The URL may hold a password: do not paste this anywhere.", style="dim")

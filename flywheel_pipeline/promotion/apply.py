@@ -1,0 +1,204 @@
+"""Applying: the one place that turns decisions into ledger events, for promotions and demotions alike.
+
+Belongs here: which events a decision means, in one transaction with the pattern's status and the manifests. Does not
+belong here: deciding. The padlock is not here either: the database refuses what this module should not try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.candidates.keys import rule_id_of_pattern
+from flywheel_pipeline.delivery.publish import write_manifests
+from flywheel_pipeline.promotion import certificate as certificates
+from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence
+from flywheel_pipeline.promotion.gates import decide_pattern
+from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, content_hash, definition
+from flywheel_pipeline.promotion.policy import load_policy
+from flywheel_pipeline.quality import unmet_gates
+
+PROMOTION_LOCK = 0x666C7977686C0002  # 'flywhl', lock 2
+ACTOR = "flywheel"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What one batch applied: (rule id, new state) moved; (subject, reason) held although decided for."""
+
+    moved: tuple[tuple[str, str], ...]
+    held: tuple[tuple[str, str], ...]
+
+
+def lock_promotion(connection: sa.Connection) -> None:
+    """Wait for the promotion lock; two promoters at once promote once."""
+    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": PROMOTION_LOCK})
+
+
+def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
+    """Append the events of this batch's promotions, within the caller's transaction.
+
+    Only decisions that this very batch took count, and only while every required gate has passed in it. At most as
+    many new rules as the policy allows in one run are promoted, those with most evidence first; the others are held
+    to the next run and say so.
+    """
+    lock_promotion(connection)
+    policy = load_policy(batch.policy_name)
+    rows = connection.execute(
+        sa.text(
+            "SELECT d.decision_id, d.subject_id, d.verdict, d.reason FROM promotion_decisions AS d "
+            "WHERE d.confirmed_batch_id = :batch AND d.subject_kind = 'pattern' AND d.verdict IN ('promote', 'advance') "
+            "  AND NOT EXISTS (SELECT 1 FROM rule_events AS e WHERE e.decision_id = d.decision_id) "
+            "ORDER BY d.decision_id"
+        ),
+        {"batch": batch.batch_id},
+    ).all()
+    if not rows:
+        return Applied((), ())
+    unmet = unmet_gates(connection, batch.batch_id)
+    if unmet:
+        why = "the batch did not pass its gates: " + ", ".join(f"{gate} {v}" for gate, v in unmet.items())
+        return Applied((), tuple((row.subject_id, why) for row in rows))
+    frozen = connection.execute(
+        sa.text("SELECT act, actor, reason FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1")
+    ).one_or_none()
+    if frozen is not None and frozen.act == "freeze":
+        why = f"promotion is frozen by {frozen.actor}: {frozen.reason}"
+        return Applied((), tuple((row.subject_id, why) for row in rows))
+
+    decision_ids = {row.subject_id: row.decision_id for row in rows}
+    # The certificate speaks of the evidence as of now; a decision it no longer supports is held.
+    evidence = {e.pattern_key: e for e in load_pattern_evidence(connection, batch, policy, list(decision_ids))}
+    moved: list[tuple[str, str]] = []
+    held: list[tuple[str, str]] = []
+    new_rules = 0
+    for key in sorted(decision_ids, key=lambda k: (-evidence[k].successes, k)):
+        present = evidence[key]
+        decision = decide_pattern(present, policy)
+        if decision.verdict not in ("promote", "advance") or decision.target_state is None:
+            held.append((key, f"its evidence changed since the decision: {decision.reason}"))
+            continue
+        if present.stage == "none":
+            if new_rules >= policy.limits.promotions_per_run:
+                held.append((key, f"the policy allows {policy.limits.promotions_per_run} new rules in one run"))
+                continue
+            new_rules += 1
+        rule = connection.execute(
+            sa.text(
+                "SELECT rule_id, state, rule_version FROM l1_rules "
+                "WHERE pattern_key = :key AND source = 'promoted' AND state <> 'retired' ORDER BY rule_id LIMIT 1"
+            ),
+            {"key": key},
+        ).one_or_none()
+        rule_id = rule.rule_id if rule else rule_id_of_pattern(key)
+        version = rule.rule_version if rule else 1
+        content = definition(
+            incident_pattern=conditions_of(present.incident_type),
+            runbook_id=present.runbook_id,
+            platform=present.platform,
+            source="promoted",
+            promoted_from_l2=True,
+            pattern_key=key,
+        )
+        if rule is not None:
+            content = connection.execute(
+                sa.text("SELECT definition FROM rule_events WHERE rule_id = :id ORDER BY event_id DESC LIMIT 1"),
+                {"id": rule_id},
+            ).scalar_one()
+        document = certificates.build(
+            decision,
+            present,
+            policy,
+            rule_id=rule_id,
+            rule_version=version,
+            content_hash=content_hash(content),
+            definition=content,
+            batch_id=batch.batch_id,
+            run_id=batch.run_id,
+            decided_at=batch.now,
+        )
+        events = []
+        state = rule.state if rule else "none"
+
+        def event(kind: str, to_state: str, before: str, *, gated: bool) -> RuleEvent:
+            return RuleEvent(
+                rule_id=rule_id,
+                rule_version=version,
+                kind=kind,
+                from_state=before,
+                to_state=to_state,
+                definition=content,
+                actor=ACTOR,
+                reason=decision.reason,
+                decision_id=decision_ids[key] if gated else None,
+                batch_id=batch.batch_id,
+                run_id=batch.run_id,
+                certificate=document if gated else None,
+            )
+
+        if state == "none":
+            events.append(event("proposed", "proposed", "none", gated=False))
+            state = "proposed"
+        kind = "promoted" if (state, decision.target_state) == ("proposed", "fleet") else "advanced"
+        events.append(event(kind, decision.target_state, state, gated=True))
+        append_events(connection, events)
+        if decision.target_state in ("canary", "ring", "fleet"):
+            connection.execute(
+                sa.text(
+                    "UPDATE patterns SET status = 'promoted', promoted_at = coalesce(promoted_at, :now), "
+                    "promoted_to_rule_id = :rule WHERE pattern_key = :key"
+                ),
+                {"now": batch.now, "rule": rule_id, "key": key},
+            )
+        moved.append((rule_id, decision.target_state))
+    connection.execute(
+        sa.text("UPDATE refresh_batches SET applied_at = clock_timestamp() WHERE batch_id = :id"),
+        {"id": batch.batch_id},
+    )
+    return Applied(tuple(moved), tuple(held))
+
+
+def apply_quarantines(connection: sa.Connection, batch: Batch, decided: Sequence[Decided]) -> Applied:
+    """Take the rules decided for quarantine out of service, and out of every manifest, in the caller's transaction.
+
+    Needs no gate and heeds no freeze: those stop promotion, never demotion.
+    """
+    lock_promotion(connection)
+    moved: list[tuple[str, str]] = []
+    for item in decided:
+        if item.decision.verdict != "quarantine":
+            continue
+        rule = connection.execute(
+            sa.text(
+                "SELECT r.state, r.rule_version, e.definition FROM l1_rules AS r "
+                "JOIN rule_events AS e ON e.event_id = r.last_event_id WHERE r.rule_id = :id FOR UPDATE OF r"
+            ),
+            {"id": item.subject_id},
+        ).one()
+        if rule.state in ("quarantined", "retired"):
+            continue
+        append_events(
+            connection,
+            [
+                RuleEvent(
+                    rule_id=item.subject_id,
+                    rule_version=rule.rule_version,
+                    kind="quarantined",
+                    from_state=rule.state,
+                    to_state="quarantined",
+                    definition=rule.definition,
+                    actor=ACTOR,
+                    reason=item.decision.reason,
+                    decision_id=item.decision_id,
+                    batch_id=batch.batch_id,
+                    run_id=batch.run_id,
+                )
+            ],
+        )
+        moved.append((item.subject_id, "quarantined"))
+    if moved:
+        write_manifests(connection, batch.batch_id)
+    return Applied(tuple(moved), ())

@@ -1,0 +1,217 @@
+"""Questions about decisions, ledger and registry. Each returns a Finding; none imports Dagster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.promotion.ledger import fold
+from flywheel_pipeline.promotion.policy import load_policy
+from flywheel_pipeline.quality import Finding
+
+_TO_PROMOTE = (
+    "SELECT d.subject_id AS pattern_key, d.evidence ->> 'runbook_id' AS runbook_id, d.evidence ->> 'platform' AS platform, "
+    "d.evidence ->> 'incident_type' AS incident_type FROM promotion_decisions AS d "
+    "WHERE d.confirmed_batch_id = :batch AND d.subject_kind = 'pattern' AND d.verdict IN ('promote', 'advance')"
+)
+
+
+def executable_runbooks_only(connection: sa.Connection, batch: Batch) -> Finding:
+    """Each rule this batch would enable runs an executable runbook of the catalogue, for its platform."""
+    rows = (
+        connection.execute(
+            sa.text(
+                f"SELECT p.*, flywheel_runbook_problem(p.runbook_id, p.platform) AS problem FROM ({_TO_PROMOTE}) AS p "
+                "ORDER BY p.pattern_key"
+            ),
+            {"batch": batch.batch_id},
+        )
+        .mappings()
+        .all()
+    )
+    offenders = [dict(row) for row in rows if row["problem"] is not None]
+    return Finding(
+        passed=not offenders,
+        sentence=f"All {len(rows)} patterns to promote run executable runbooks."
+        if not offenders
+        else f"{len(offenders)} of {len(rows)} patterns to promote name a runbook that cannot run: {offenders[0]['problem']}.",
+        observed=f"{len(offenders)} of {len(rows)}",
+        required="0",
+        offenders=len(offenders),
+        sample=offenders[:20],
+        figures={"to_promote": len(rows), "offenders": len(offenders)},
+    )
+
+
+# Raw executions, from the log itself and not from the aggregates that the decision was taken on.
+_RAW_RECOUNT = """
+SELECT p.pattern_key, count(*) AS executions, coalesce(sum(t.success::int), 0) AS successes
+FROM ({to_promote}) AS p
+JOIN execution_telemetry AS t
+  ON coalesce(nullif(t.incident_type, ''), 'unknown') = p.incident_type
+ AND coalesce(nullif(lower(t.platform), ''), 'unknown') = p.platform
+ AND flywheel_level(t.resolution_level, t.rule_id, t.runbook_id) = 'L2'
+ AND flywheel_runbook_ref('L2', t.rule_id, t.runbook_id, t.action) = p.runbook_id
+WHERE t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{{"synthetic": true}}', false)
+  AND t.event_at BETWEEN t.created_at - interval '730 days' AND t.created_at + interval '10 minutes'
+GROUP BY p.pattern_key
+"""
+
+
+def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
+    """Each pattern this batch would promote meets the success floor of the policy, recounted from the log.
+
+    Under a threshold policy the floor and the least count are held against raw executions. Under a sequential policy
+    the decision's capped episodes are held against the floor of its stage, after a recount of the raw executions
+    shows that the log still holds at least as many as the evidence claims.
+    """
+    policy = load_policy(batch.policy_name)
+    decisions = connection.execute(
+        sa.text(
+            "SELECT subject_id, evidence, gates FROM promotion_decisions "
+            "WHERE confirmed_batch_id = :batch AND subject_kind = 'pattern' AND verdict IN ('promote', 'advance') "
+            "ORDER BY subject_id"
+        ),
+        {"batch": batch.batch_id},
+    ).all()
+    raw = {
+        row.pattern_key: row
+        for row in connection.execute(
+            sa.text(_RAW_RECOUNT.format(to_promote=_TO_PROMOTE)), {"batch": batch.batch_id}
+        )
+    }
+    offenders: list[dict[str, Any]] = []
+    lowest: float | None = None
+    for row in decisions:
+        counted = raw.get(row.subject_id)
+        n = int(counted.executions) if counted else 0
+        s = int(counted.successes) if counted else 0
+        floor, least = policy.success_floor(row.evidence["incident_type"], row.evidence["stage"])
+        if policy.kind == "threshold":
+            rate = s / n if n else None
+        else:
+            good = sum(int(site["successes"]) for site in row.evidence["sites"])
+            rated = good + sum(int(site["failures"]) for site in row.evidence["sites"])
+            rate = good / rated if rated else None
+            least = max(least, rated)
+        if rate is not None:
+            lowest = rate if lowest is None else min(lowest, rate)
+        if rate is None or rate < floor or n < least:
+            offenders.append(
+                {"pattern": row.subject_id, "executions": n, "successes": s, "rate": rate, "floor": floor, "least": least}
+            )
+    return Finding(
+        passed=not offenders,
+        sentence=f"All {len(decisions)} patterns to promote meet the floor of policy {policy.name}, recounted from the log."
+        if not offenders
+        else f"{len(offenders)} of {len(decisions)} patterns to promote miss the floor of policy {policy.name}.",
+        observed=f"lowest rate {lowest:.1%}" if lowest is not None else "nothing to promote",
+        required=f"floor of policy {policy.name}",
+        offenders=len(offenders),
+        sample=offenders[:20],
+        figures={"to_promote": len(decisions), "offenders": len(offenders)},
+    )
+
+
+def registry_equals_ledger(connection: sa.Connection) -> Finding:
+    """`l1_rules` equals the fold of `rule_events`, recomputed here in Python from every event."""
+    events = connection.execute(
+        sa.text(
+            "SELECT event_id, rule_id, rule_version, to_state, content_hash, definition FROM rule_events ORDER BY event_id"
+        )
+    ).mappings()
+    folded = fold([dict(event) for event in events])
+    rules = {
+        row["rule_id"]: dict(row)
+        for row in connection.execute(
+            sa.text(
+                "SELECT rule_id, state, enabled, rule_version, content_hash, runbook_id, incident_pattern, last_event_id "
+                "FROM l1_rules"
+            )
+        ).mappings()
+    }
+    offenders: list[dict[str, Any]] = []
+    for rule_id in sorted(folded.keys() | rules.keys()):
+        expected, found = folded.get(rule_id), rules.get(rule_id)
+        if expected is None or found is None:
+            offenders.append(
+                {"rule_id": rule_id, "problem": "not in the ledger" if expected is None else "not in l1_rules"}
+            )
+            continue
+        wrong = [column for column, value in expected.items() if found[column] != value]
+        if wrong:
+            offenders.append({"rule_id": rule_id, "problem": "differs in " + ", ".join(wrong)})
+    return Finding(
+        passed=not offenders,
+        sentence=f"l1_rules equals the fold of its ledger for all {len(folded)} rules."
+        if not offenders
+        else f"{len(offenders)} rules differ from their ledger: somebody wrote past it.",
+        observed=f"{len(offenders)} differences",
+        required="0 differences",
+        offenders=len(offenders),
+        sample=offenders[:20],
+        figures={"rules": len(folded), "differences": len(offenders)},
+    )
+
+
+def promoted_patterns_have_rules(connection: sa.Connection) -> Finding:
+    """Every promoted pattern has its own live or retired rule; the others share a rule of another pattern, or have none.
+
+    The old system cut ids to 8 characters, so many patterns point at one rule: they are listed as merged.
+    """
+    rows = (
+        connection.execute(
+            sa.text(
+                """
+                SELECT p.pattern_id, p.incident_type, p.runbook_id, p.promoted_to_rule_id,
+                       CASE WHEN r.rule_id IS NULL THEN 'no such rule' ELSE 'merged into the rule of another pattern' END AS problem
+                FROM patterns AS p LEFT JOIN l1_rules AS r ON r.rule_id = p.promoted_to_rule_id
+                WHERE p.status = 'promoted'
+                  AND (r.rule_id IS NULL OR r.pattern_key IS DISTINCT FROM p.pattern_key OR p.pattern_key IS NULL)
+                ORDER BY (r.rule_id IS NULL) DESC, p.promoted_to_rule_id, p.pattern_id
+                """
+            )
+        )
+        .mappings()
+        .all()
+    )
+    orphans = sum(row["problem"] == "no such rule" for row in rows)
+    return Finding(
+        passed=not rows,
+        sentence="Every promoted pattern has its own rule."
+        if not rows
+        else f"{len(rows)} promoted patterns have no rule of their own: {orphans} point at no rule, "
+        f"{len(rows) - orphans} share one.",
+        observed=f"{orphans} without rule, {len(rows) - orphans} merged",
+        required="none",
+        offenders=len(rows),
+        sample=[dict(row) for row in rows[:20]],
+        figures={"without_rule": orphans, "merged": len(rows) - orphans},
+    )
+
+
+def no_placeholder_enabled(connection: sa.Connection) -> Finding:
+    """No enabled rule has a placeholder, pseudo or non-catalogue runbook."""
+    rows = (
+        connection.execute(
+            sa.text(
+                "SELECT rule_id, source, runbook_id, platform, flywheel_runbook_problem(runbook_id, platform) AS problem "
+                "FROM l1_rules WHERE enabled AND flywheel_runbook_problem(runbook_id, platform) IS NOT NULL ORDER BY rule_id"
+            )
+        )
+        .mappings()
+        .all()
+    )
+    return Finding(
+        passed=not rows,
+        sentence="Every enabled rule runs an executable runbook."
+        if not rows
+        else f"{len(rows)} enabled rules cannot run: {rows[0]['rule_id']}, {rows[0]['problem']}.",
+        observed=f"{len(rows)} rules",
+        required="0 rules",
+        offenders=len(rows),
+        sample=[dict(row) for row in rows[:20]],
+        figures={"offenders": len(rows)},
+    )

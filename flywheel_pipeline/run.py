@@ -1,0 +1,132 @@
+"""Running the whole graph in this process, on the real Dagster instance, with progress.
+
+Belongs here: the instance, one run, and what came out of its checks. Does not belong here: terminal output.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+
+from flywheel_pipeline.database.dagster_home import dagster_environment, write_dagster_home
+from flywheel_pipeline.database.settings import Settings, get_settings
+
+
+@dataclass(frozen=True)
+class CheckOutcome:
+    """One check's result in a run."""
+
+    asset: str
+    name: str
+    passed: bool
+    severity: str
+    blocking: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What one run of the graph did. `failures` names the steps that failed, with their message."""
+
+    run_id: str
+    success: bool
+    duration_seconds: float
+    checks: tuple[CheckOutcome, ...]
+    failures: tuple[tuple[str, str], ...] = field(default_factory=tuple)
+
+
+@contextmanager
+def dagster_instance(url: sa.URL, settings: Settings | None = None) -> Iterator[dg.DagsterInstance]:
+    """Open the real instance: DAGSTER_HOME under FLYWHEEL_HOME, storage in PostgreSQL, and the environment of runs."""
+    settings = settings or get_settings()
+    write_dagster_home(settings, url)
+    os.environ.update(dagster_environment(settings, url))
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+def run_pipeline(
+    instance: dg.DagsterInstance,
+    *,
+    full_recount: bool = False,
+    trigger: str = "command line",
+    progress: Callable[[str], None] | None = None,
+) -> RunOutcome:
+    """Run the job `pipeline` in this process and return its outcome; a failing gate is an outcome, not an error.
+
+    `progress` is called with the name of each step as it starts.
+    """
+    import time
+
+    from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG
+    from flywheel_pipeline.build import PIPELINE_JOB, build_defs
+
+    tags = {"flywheel/trigger": trigger}
+    if full_recount:
+        tags[FULL_RECOUNT_TAG] = "true"
+    run_id = str(uuid.uuid4())
+
+    def listen(event: dg.EventLogEntry) -> None:
+        started = event.dagster_event
+        if progress is not None and started is not None and started.is_step_start and started.step_key:
+            progress(started.step_key)
+
+    instance.add_event_listener(run_id, listen)
+    begun = time.monotonic()
+    job = build_defs().get_job_def(PIPELINE_JOB)
+    result = job.execute_in_process(instance=instance, run_id=run_id, tags=tags, raise_on_error=False)
+    checks = tuple(
+        CheckOutcome(
+            asset=e.asset_key.to_user_string(),
+            name=e.check_name,
+            passed=e.passed,
+            severity=e.severity.value,
+            blocking=e.blocking or False,
+            sentence=e.description or "",
+        )
+        for e in result.get_asset_check_evaluations()
+    )
+    failures = []
+    for event in result.all_events:
+        if event.is_step_failure and event.step_key:
+            data = event.step_failure_data
+            message = ""
+            if data.user_failure_data is not None and data.user_failure_data.description:
+                message = data.user_failure_data.description
+            elif data.error is not None:
+                cause: Any = data.error.cause or data.error
+                message = cause.message.strip()
+            failures.append((event.step_key, message))
+    return RunOutcome(run_id, result.success, time.monotonic() - begun, checks, tuple(failures))
+
+
+def latest_checks(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
+    """Return the latest result of every check of the graph: {asset, name, passed, sentence}; passed null: never ran."""
+    from flywheel_pipeline.build import build_defs
+
+    keys = sorted(
+        build_defs().resolve_asset_graph().asset_check_keys,
+        key=lambda key: (key.asset_key.to_user_string(), key.name),
+    )
+    found = []
+    for key in keys:
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key(key) if keys else None
+        evaluation = None
+        if record is not None and record.event is not None and record.event.dagster_event is not None:
+            evaluation = record.event.dagster_event.asset_check_evaluation_data
+        found.append(
+            {
+                "asset": key.asset_key.to_user_string(),
+                "name": key.name,
+                "passed": None if evaluation is None else evaluation.passed,
+                "sentence": None if evaluation is None else evaluation.description,
+            }
+        )
+    return found
