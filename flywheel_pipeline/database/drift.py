@@ -140,6 +140,8 @@ def _declare(connection: Connection) -> dict[str, _Object]:
     """Create everything this release declares in a scratch schema and read it back."""
     connection.execute(sa.schema.CreateSchema(_SCRATCH))
     connection.execute(sa.text(f"SET LOCAL search_path = {_SCRATCH}"))
+    # Functions name the schema public; in a database that was never upgraded its tables are not there yet.
+    connection.execute(sa.text("SET LOCAL check_function_bodies = off"))
     metadata.create_all(connection, checkfirst=False)
     for routine in declared.routines():
         declared.execute_routine(connection, routine)

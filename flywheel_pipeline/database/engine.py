@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import psycopg
 import sqlalchemy as sa
 from sqlalchemy import URL, Engine
 
@@ -84,17 +83,12 @@ def verify_server(url: URL) -> None:
         with engine.connect() as connection:
             version = int(connection.execute(sa.text("SHOW server_version_num")).scalar_one())
             spoken = str(connection.execute(sa.text("SHOW server_version")).scalar_one())
-    except sa.exc.OperationalError as error:
+    except (sa.exc.OperationalError, sa.exc.ProgrammingError) as error:
         lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
         reason = (lines[0] if lines else "no reason given").rstrip(".")
         raise DatabaseUnavailable(
             f"The database {shown} cannot be reached: {reason}.",
             hint="Start that server or correct FLYWHEEL_DATABASE_URL; unset it to use the embedded database.",
-        ) from error
-    except psycopg.ProgrammingError as error:  # libpq refuses the connection string itself
-        raise DatabaseUnavailable(
-            f"The database URL {shown} is not usable: {str(error).strip().rstrip('.')}.",
-            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
         ) from error
     finally:
         engine.dispose()
