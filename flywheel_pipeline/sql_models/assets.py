@@ -81,7 +81,7 @@ def asset_spec(
 
 
 def _code_reference(model: SqlModel) -> dg.CodeReferencesMetadataValue:
-    """Link to the model's file. The class is in beta; our exact pin on dagster keeps it from changing unseen."""
+    """Link to the model's file. The class is in beta; our pin on dagster is exact, so it cannot change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         reference = dg.LocalFileCodeReference(file_path=str(model.path), line_number=1, label=model.file)

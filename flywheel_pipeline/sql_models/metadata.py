@@ -15,12 +15,10 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-Plain = bool | int | float | str | None | list["Plain"] | dict[str, "Plain"]
-
 _LONGEST_CELL = 120
 
 
-def as_metadata(value: object) -> Plain:
+def as_metadata(value: object) -> Any:
     """Coerce a value to what Dagster metadata, and JSON, can hold.
 
     numpy scalars and arrays, Decimal, dates, UUID, sets, enums, paths, dataclasses and bytes become plain
@@ -32,15 +30,19 @@ def as_metadata(value: object) -> Plain:
         value: anything a query, numpy or a model gives.
 
     Returns:
-        bool, int, float, str, None, or lists and dicts of these.
+        bool, int, float, str, None, or lists and dicts of these; a Dagster value where one was given.
 
     Raises:
         TypeError: a type of which nobody said how to show it; better than a `repr` that nobody can read.
     """
-    if value is None or (isinstance(value, bool | str) and not isinstance(value, enum.Enum)):
-        return str(value) if isinstance(value, str) else value
+    if type(value).__module__.partition(".")[0] == "dagster":
+        return value
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, enum.Enum):
         return as_metadata(value.value)
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -100,6 +102,8 @@ def _cell(value: Any) -> str:
     plain = as_metadata(value)
     if plain is None:
         return ""
-    text = f"{plain:.4g}" if isinstance(plain, float) else str(plain)
+    text = str(plain)
+    if isinstance(plain, float):
+        text = f"{plain:.4g}" if abs(plain) < 1000 else f"{plain:.1f}"
     text = " ".join(text.split()).replace("|", "\\|")
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
