@@ -26,6 +26,8 @@ OLDEST: Final = timedelta(days=730)
 #: What stands in appliance_id when an agent does not send it; older agents never do.
 UNKNOWN_APPLIANCE: Final = "unknown"
 
+#: Legacy runbook ids that tell the level of a row without resolution_level; twin of flywheel_level in SQL.
+_PREFIXES_WITH_LEVEL: Final = ("L1-", "RB-AUTO-", "L2-")
 _INT4: Final = 2**31 - 1
 _SHOWN_CHARACTERS: Final = 80
 _SHOWN_PROBLEMS: Final = 3
@@ -268,37 +270,66 @@ def _checked(
     received_at: datetime,
 ) -> ParsedRow | Reject:
     values = (site_id, reported_at, created_at, *_execution_values(execution.__dict__))
-    started_at, completed_at = execution.started_at, execution.completed_at
-    latest, earliest = received_at + CLOCK_TOLERANCE, received_at - OLDEST
-    for name, at in (
-        ("started_at", started_at),
-        ("completed_at", completed_at),
-        ("reported_at", reported_at),
-        ("created_at", created_at),
-    ):
-        if at is None or earliest <= at <= latest:
-            continue
-        if at > latest:
-            return Reject(
-                "future_event",
-                f"{name} is {at.isoformat()}, more than {CLOCK_TOLERANCE.seconds // 60} minutes after it was "
-                f"received at {received_at.isoformat()}",
-            )
-        return Reject(
-            "too_old",
-            f"{name} is {at.isoformat()}, more than {OLDEST.days} days before it was received at "
-            f"{received_at.isoformat()}",
-        )
-    if started_at is not None and completed_at is not None and completed_at < started_at - CLOCK_TOLERANCE:
-        return Reject(
-            "ends_before_start",
-            f"completed_at is {completed_at.isoformat()}, before started_at {started_at.isoformat()}",
-        )
+    reject = _skewed(execution, reported_at, created_at, received_at) or _contradiction(execution)
+    if reject is not None:
+        return reject
     if b"\\u0000" in raw:
         for name, value in zip(COLUMNS, values, strict=True):
             if isinstance(value, str) and _holds_nul(name, value):
                 return Reject("nul_character", f"{name} holds a NUL character: {_shown(value)}")
     return ParsedRow(line_number, execution.execution_id, values)
+
+
+def _skewed(
+    execution: Execution, reported_at: datetime | None, created_at: datetime, received_at: datetime
+) -> Reject | None:
+    """Refuse what lies after its report or arrival (the earlier is `created_at`), or too far back."""
+    earliest = received_at - OLDEST
+    for name, at, limit in (
+        ("reported_at", reported_at, received_at),
+        ("started_at", execution.started_at, created_at),
+        ("completed_at", execution.completed_at, created_at),
+        ("created_at", created_at, received_at),
+    ):
+        if at is None:
+            continue
+        if at > limit + CLOCK_TOLERANCE:
+            minutes = CLOCK_TOLERANCE.seconds // 60
+            came = "was received" if limit is received_at else "was reported or received"
+            return Reject(
+                "future_event",
+                f"{name} is {at.isoformat()}, more than {minutes} minutes after it {came}, "
+                f"{limit.isoformat()}",
+            )
+        if at < earliest:
+            return Reject(
+                "too_old",
+                f"{name} is {at.isoformat()}, more than {OLDEST.days} days before it was received, "
+                f"{received_at.isoformat()}",
+            )
+    started_at, completed_at = execution.started_at, execution.completed_at
+    if started_at is not None and completed_at is not None and completed_at < started_at:
+        return Reject(
+            "ends_before_start",
+            f"completed_at is {completed_at.isoformat()}, before started_at {started_at.isoformat()}",
+        )
+    return None
+
+
+def _contradiction(execution: Execution) -> Reject | None:
+    if execution.status == ("failure" if execution.success else "success"):
+        return Reject(
+            "contradiction",
+            f"success is {str(execution.success).lower()} and status is {execution.status!r}",
+        )
+    if execution.resolution_level is None and not (
+        execution.rule_id or execution.runbook_id.startswith(_PREFIXES_WITH_LEVEL)
+    ):
+        return Reject(
+            "missing_field",
+            f"resolution_level is missing, and runbook_id {_shown(execution.runbook_id)} does not tell it",
+        )
+    return None
 
 
 def _holds_nul(name: str, value: str) -> bool:
