@@ -1,0 +1,68 @@
+# Needs Python >= 3.11 (< 3.15) and make; everything else is installed into .venv from requirements.lock.
+#
+#   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
+#   make up     the same, then the Dagster UI with its daemon and the agent API; Ctrl-C stops them
+#   make test   lint and all tests
+#   make bench  the benchmarks, as ratios in one run
+#   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python of a supported version; or `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: run up test lint bench clean install lock
+.DEFAULT_GOAL := run
+
+run: install
+	$(BIN)/flywheel simulate replay-2026-02-15
+
+up: run
+	$(BIN)/flywheel up
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+# -- installation: each step leaves a stamp, so that a warm run does nothing here ---------------------
+
+install: $(VENV)/installed.stamp
+
+# A virtual environment whose Python is gone (moved, upgraded) is made anew.
+$(shell [ ! -e $(VENV)/created.stamp ] || $(BIN)/python -c '' 2>/dev/null || rm -f $(VENV)/*.stamp)
+
+$(VENV)/created.stamp:
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python from 3.11 to 3.14 found; say make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/requirements.stamp: requirements.lock $(VENV)/created.stamp
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/installed.stamp: pyproject.toml $(VENV)/requirements.stamp
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Resolves pyproject.toml anew: one lock for every platform and Python, with hashes and without an index.
+lock: install
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+
+clean:
+	@if [ -d .flywheel/postgres ] && [ -x $(BIN)/python ]; then \
+		$(BIN)/python -c 'from pathlib import Path; from flywheel_pipeline.database.embedded import EmbeddedServer; EmbeddedServer(Path(".flywheel")).remove()'; \
+	fi
+	rm -rf .flywheel $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
