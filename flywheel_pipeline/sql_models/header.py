@@ -108,7 +108,9 @@ def read_header(text: str, *, file: str, room: str, name: str) -> tuple[Header, 
     try:
         header = Header.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(
+            error.errors(), key=lambda found: found["type"] != "extra_forbidden"
+        )  # a typo explains most
         where = tuple(str(part) for part in first["loc"] if part != "[key]")
         said = str(first["msg"]).removeprefix("Value error, ")
         if not where:

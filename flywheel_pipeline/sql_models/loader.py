@@ -44,6 +44,7 @@ _SESSION = ("nextval", "currval", "lastval", "txid_current", "pg_current_xact_id
 _CALLED = frozenset((*_CLOCK, *_CHANCE, *_SESSION))
 _BARE = frozenset({"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"})
 _CLOCK_LITERALS = frozenset({"now", "today", "tomorrow", "yesterday"})
+_PLAIN = "A model is a plain SELECT that can be pasted into psql."
 _WRITES = (exp.Insert, exp.Update, exp.Delete, exp.Merge, exp.Create, exp.Drop, exp.Alter, exp.Command)
 
 
@@ -288,12 +289,9 @@ def _read(
         return first_line + body.count("\n", 0, token.start)
 
     for left, right in itertools.pairwise(tokens):
-        if {left.token_type, right.token_type} in ({TokenType.L_BRACE}, {TokenType.L_BRACE, TokenType.MOD}):
-            refuse(
-                "the SQL has a template in it.",
-                line_of(left),
-                "A model is a plain SELECT that can be pasted into psql.",
-            )
+        braces = left.token_type == right.token_type == TokenType.L_BRACE
+        if braces or left.token_type == TokenType.BLOCK_START:
+            refuse("the SQL has a template in it.", line_of(left), _PLAIN)
     try:
         statements = Postgres().parse(body)
     except SqlglotError as error:
@@ -380,7 +378,7 @@ def _check_select(
             refuse(
                 f"the SQL has a placeholder in it ({node.sql(dialect='postgres')}).",
                 line,
-                "A model is a plain SELECT that can be pasted into psql.",
+                _PLAIN,
             )
         if isinstance(node, exp.Table) and isinstance(node.this, exp.Identifier) and node.args.get("db"):
             refuse(
@@ -395,7 +393,7 @@ def _check_select(
 def _check_columns(header: Header, query: exp.Query, refuse: Callable[..., NoReturn], line: int) -> None:
     if any(select.is_star for branch in _branches(query) for select in branch.selects):
         refuse("SELECT * at the top level: name the columns.", line)
-    real = list(query.named_selects)
+    real = [select.output_name for select in query.selects]
     if "" in real:
         refuse(f"column {real.index('') + 1} of the SELECT has no name.", line, "Give it one with AS.")
     repeated = sorted({column for column in real if real.count(column) > 1})
