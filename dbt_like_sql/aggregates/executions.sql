@@ -34,7 +34,7 @@ columns:
   error_message: [text, as reported]
 consumers: [episodes, failing rules report]
 ---*/
-WITH signature_classes AS (
+WITH signature_classes AS MATERIALIZED (
   SELECT s.error_message, s.failure_type, s.status, c.outcome_class
   FROM (
     SELECT DISTINCT

@@ -157,10 +157,13 @@ def served_action(
         A capability whose action is the form to serve; not ok, with the reason against the platform's own
         form and against the older one, where the agent can run neither.
     """
-    newest = supports(agent_version, action_for(runbook_id, platform), capabilities)
+    try:
+        newest = supports(agent_version, action_for(runbook_id, platform), capabilities)
+        older = supports(agent_version, f"run_runbook:{runbook_id}", capabilities)
+    except UsageError as impossible:
+        return Capability(False, impossible.message)
     if newest.ok:
         return newest
-    older = supports(agent_version, f"run_runbook:{runbook_id}", capabilities)
     if older.ok or older.reason == newest.reason:
         return older
     return Capability(False, f"{newest.reason}; {older.reason}")

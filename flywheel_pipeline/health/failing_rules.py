@@ -88,6 +88,8 @@ def failing_rules(
         ),
         {"at_least": at_least, "below": below},
     ).all()
+    if not rows:
+        return []
     ids = [row.rule_id for row in rows]
     causes, classes = failures_of(conn, ids), outcome_counts(conn, ids)
     found = []

@@ -160,3 +160,12 @@ def test_no_action_is_ever_served_that_the_agent_does_not_support(
     if answer.ok:
         assert supports(version, answer.action, capabilities).ok
         assert parse_action(answer.action).argument == "RB-1"
+
+
+@pytest.mark.parametrize(
+    ("runbook_id", "platform"), [("RB-1", "unknown"), ("RB-1", ""), ("", "windows"), ("a\nb", "linux")]
+)
+def test_what_cannot_be_put_into_an_action_is_served_to_nobody(runbook_id: str, platform: str) -> None:
+    answer = served_action(runbook_id, platform, "1.0.74")
+    assert not answer.ok
+    assert answer.reason

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from flywheel_pipeline.promotion.runbook_ids import is_placeholder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,6 @@ from flywheel_pipeline.delivery.manifest import (
     runbook_problem,
     unservable_rules,
 )
-from flywheel_pipeline.promotion.runbook_ids import is_placeholder
 
 CATALOGUE = {
     "RB-WIN-SEC-001": RunbookRow("RB-WIN-SEC-001", "Windows Firewall", "windows", "high"),
@@ -208,7 +208,7 @@ def test_no_runbook_that_is_a_placeholder_or_not_in_the_catalogue_is_ever_in_a_m
 
 @pytest.mark.parametrize("runbook_id", PLACEHOLDERS)
 def test_an_enabled_rule_on_a_placeholder_stops_the_build_and_is_named(runbook_id: str | None) -> None:
-    with pytest.raises(UnservableRule, match="RB-AUTO-SMB_SIGN: .* placeholder"):
+    with pytest.raises(UnservableRule, match=r"RB-AUTO-SMB_SIGN: .* placeholder"):
         build_manifests([rule("RB-AUTO-SMB_SIGN", runbook_id=runbook_id)], [appliance()], CATALOGUE)
 
 
@@ -384,7 +384,8 @@ def test_the_database_gives_the_same_problem_for_every_runbook_and_platform(engi
     with engine.begin() as conn:
         conn.execute(
             sa.text(
-                "INSERT INTO runbooks (runbook_id, name, platform, enabled) VALUES ('RB-OFF', 'Off', 'windows', false)"
+                "INSERT INTO runbooks (runbook_id, name, platform, enabled) "
+                "VALUES ('RB-OFF', 'Off', 'windows', false)"
             )
         )
         rows = conn.execute(

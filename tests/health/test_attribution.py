@@ -50,8 +50,8 @@ CLASSES = [*EXCLUDED_CLASSES, *RATED_CLASSES]
         ("No Windows target available", "No Windows target available"),
         ("Linux target not found: lnx-backup", "Linux target not found: <host>"),
         (
-            "get session: TLS pin check for ws01.clinic.local: dial tcp: lookup ws01.clinic.local on 192.168.88.1:53: "
-            "no such host",
+            "get session: TLS pin check for ws01.clinic.local: dial tcp: lookup ws01.clinic.local "
+            "on 192.168.88.1:53: no such host",
             "get session: TLS pin check for <host>: dial tcp: lookup <host> on <ip>: no such host",
         ),
         ("no ssh credentials", "no ssh credentials"),

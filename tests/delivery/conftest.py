@@ -1,0 +1,32 @@
+"""Fixtures of the delivery tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from fleet_database import Fleet
+
+
+@pytest.fixture
+def fleet(engine: sa.Engine) -> Iterator[Fleet]:
+    """Two sites: site-a with a current agent, site-b with the agent of 2026-02-15."""
+    with engine.connect() as conn, conn.begin() as transaction:
+        made = Fleet(conn)
+        made.appliance("site-a-01")
+        made.appliance("site-b-01", agent_version="1.0.56")
+        yield made
+        transaction.rollback()
+
+
+@pytest.fixture
+def committed(engine: sa.Engine) -> Callable[[Callable[[Fleet], Any]], Any]:
+    """Run an act on the fleet in a transaction of its own and commit it."""
+
+    def run(act: Callable[[Fleet], Any]) -> Any:
+        with engine.begin() as conn:
+            return act(Fleet(conn))
+
+    return run
