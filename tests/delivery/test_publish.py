@@ -333,6 +333,20 @@ def test_two_publishers_at_once_queue_each_command_once(
     assert committed(lambda fleet: len(fleet.commands())) == 20
 
 
+@pytest.mark.parametrize("act", [write_manifests, queue_commands])
+def test_a_publisher_waits_for_the_one_before_so_that_no_older_manifest_lands_on_a_newer_one(
+    engine: sa.Engine,
+    committed: Callable[[Callable[[Fleet], Any]], Any],
+    act: Callable[[sa.Connection, int], Any],
+) -> None:
+    first, second = committed(lambda fleet: (fleet.batch(), fleet.batch()))
+    with engine.begin() as one, engine.connect() as two:
+        act(one, first)
+        two.execute(sa.text("SET lock_timeout = '200ms'"))
+        with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+            act(two, second)
+
+
 def test_a_thousand_appliances_and_fifty_rules_are_published_within_seconds(fleet: Fleet) -> None:
     fleet.conn.execute(
         sa.text(
