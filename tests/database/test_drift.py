@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flywheel_pipeline.database import migrate
+from flywheel_pipeline.database import declared, migrate
 from flywheel_pipeline.database.migrate import Difference
 
 
@@ -140,18 +140,29 @@ def test_other_systems_with_keys_and_views_on_ours_are_left_out(engine: sa.Engin
 
 def test_an_empty_database_misses_every_table_and_the_migrations(empty_engine: sa.Engine) -> None:
     found = migrate.check(empty_engine)
-    assert found[0] == Difference("migrations", "not at the newest revision", "0001", "none")
+    assert found[0] == Difference(
+        "migrations", "not at the newest revision", declared.head_revision(), "none"
+    )
     missing = {d.object for d in found if d.problem == "missing"}
     assert {"table execution_telemetry", "table l1_rules", "table rule_events"} <= missing
     assert not any(name.startswith(("column", "index", "constraint", "trigger")) for name in missing)
 
 
-def test_a_missing_or_altered_model_is_named(engine: sa.Engine) -> None:
-    with engine.connect() as connection:
-        models = set(
-            connection.execute(sa.text("SELECT name FROM schema_objects WHERE kind = 'model'")).scalars()
-        )
-    if not models:
-        pytest.skip("no SQL models are synchronised yet")
-    found = after(engine, "DROP VIEW rule_scorecard CASCADE")
-    assert ("view rule_scorecard", "missing") in {(d.object, d.problem) for d in found}
+def test_a_missing_model_is_named_and_so_is_every_reader_that_went_with_it(engine: sa.Engine) -> None:
+    before = set(sa.inspect(engine).get_view_names())
+    found = after(engine, "DROP VIEW executions CASCADE")
+    gone = before - set(sa.inspect(engine).get_view_names())
+    assert "executions" in gone
+    assert {d.object for d in found if d.problem == "missing"} == {f"view {name}" for name in gone}
+
+
+def test_a_stale_model_is_named(engine: sa.Engine) -> None:
+    found = after(
+        engine,
+        "DROP VIEW unresolved_rule_ids CASCADE",
+        "CREATE VIEW unresolved_rule_ids AS SELECT ''::text AS rule_id",
+        "ALTER TABLE episodes ADD COLUMN mine integer",
+    )
+    problems = {(d.object, d.problem) for d in found}
+    assert ("view unresolved_rule_ids", "another definition") in problems
+    assert ("column episodes.mine", "not declared") in problems

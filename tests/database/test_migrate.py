@@ -113,7 +113,7 @@ def test_a_database_of_a_newer_release_is_refused_in_a_sentence(engine: sa.Engin
     with engine.begin() as connection:
         connection.execute(sa.text(f"UPDATE {declared.VERSION_TABLE} SET version_num = '9999'"))
     for act in (migrate.upgrade, migrate.check):
-        with pytest.raises(SchemaMismatch, match="revision 9999, which is newer than this release's 0001"):
+        with pytest.raises(SchemaMismatch, match="revision 9999, which is newer than this release's"):
             act(engine)
 
 
