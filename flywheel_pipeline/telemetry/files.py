@@ -230,7 +230,7 @@ def _csv_fields(record: bytes, width: int) -> list[str] | Reject:
     text = record.decode(errors="surrogateescape")
     complete = record.endswith(b"\n")
     if record.count(b'"') % 2:
-        return Reject("unbalanced_quote" if complete else "truncated", "a quoted field does not end")
+        return Reject("invalid_csv" if complete else "truncated", "a quoted field does not end")
     try:
         fields = next(csv.reader([text], strict=True))
     except csv.Error as error:

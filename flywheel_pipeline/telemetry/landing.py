@@ -18,6 +18,7 @@ from typing import Any, Final
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
+from psycopg.types.json import set_json_dumps
 
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.telemetry.contract import COLUMNS, ParsedRow, Reject
@@ -95,6 +96,7 @@ def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]
     landed.repeated = sum(map(len, twins.values()))
     with connection.cursor() as cursor:
         cursor.execute(_EMPTY)
+        set_json_dumps(str, cursor)  # the JSON columns hold JSON text already
         with cursor.copy(_COPY) as copy:
             copy.set_types(_STAGED_TYPES)
             for version, staged in enumerate(rounds):
