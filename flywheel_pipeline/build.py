@@ -92,7 +92,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         asset_checks=checks,
         jobs=[pipeline, backfill_job, housekeeping, *human_jobs()],
         schedules=[nightly, retention],
-        sensors=[build_telemetry_sensor(pipeline)],
+        sensors=[build_telemetry_sensor(PIPELINE_JOB)],
         resources=dict(resources or {"database": FlywheelDatabase()}),
         executor=dg.in_process_executor,
     )

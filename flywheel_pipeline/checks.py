@@ -3,8 +3,6 @@
 Belongs here: the conversion and the recording of gate verdicts. Does not belong here: any question.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 

@@ -80,8 +80,15 @@ def run_pipeline(
 
     instance.add_event_listener(run_id, listen)
     begun = time.monotonic()
-    job = build_defs().get_job_def(PIPELINE_JOB)
-    result = job.execute_in_process(instance=instance, run_id=run_id, tags=tags, raise_on_error=False)
+    job = build_defs().resolve_job_def(PIPELINE_JOB)
+    result = job.execute_in_process(
+        instance=instance,
+        run_id=run_id,
+        tags=tags,
+        raise_on_error=False,
+        # The terminal shows the outcome; the event log, in the UI, holds every line.
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+    )
     checks = tuple(
         CheckOutcome(
             asset=e.asset_key.to_user_string(),
@@ -115,9 +122,10 @@ def latest_checks(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
         build_defs().resolve_asset_graph().asset_check_keys,
         key=lambda key: (key.asset_key.to_user_string(), key.name),
     )
+    records = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
     found = []
     for key in keys:
-        record = instance.event_log_storage.get_latest_asset_check_execution_by_key(key) if keys else None
+        record = records.get(key)
         evaluation = None
         if record is not None and record.event is not None and record.event.dagster_event is not None:
             evaluation = record.event.dagster_event.asset_check_evaluation_data

@@ -4,8 +4,6 @@ One transaction under one lock makes all of them, so they are one multi-asset: t
 them disagree. Backfills of a day go the same way, through the partitioned asset `day_backfill`.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Dagster assets of the candidates room: observed patterns, written to the production table."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from flywheel_pipeline.candidates.patterns import write_observed

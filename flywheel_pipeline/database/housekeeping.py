@@ -1,7 +1,5 @@
 """Retention of Dagster's own run records: about 93 KB of event log a run, without bound unless somebody deletes."""
 
-from __future__ import annotations
-
 import datetime as dt
 
 import dagster as dg

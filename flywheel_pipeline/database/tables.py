@@ -82,7 +82,9 @@ execution_telemetry = sa.Table(
     sa.Column("output_tokens", sa.Integer),
     sa.Column("pattern_signature", sa.String(255)),
     sa.Column("reasoning", Text),
-    sa.Column("chaos_campaign_id", sa.String(255), comment="set: a chaos or synthetic row; it counts nowhere"),
+    sa.Column(
+        "chaos_campaign_id", sa.String(255), comment="set: a chaos or synthetic row; it counts nowhere"
+    ),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW, comment="arrival time"),
     sa.Column("reported_at", Stamp, comment="the agent's clock when it sent this version of the row"),
     sa.Column(
@@ -132,8 +134,12 @@ patterns = sa.Table(
     sa.Column("last_seen", Stamp),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("platform", sa.String(50)),
-    sa.Column("pattern_key", sa.String(1024), unique=True, comment="candidates.keys.pattern_key; null: unknown"),
-    sa.Column("source", sa.String(50), nullable=False, server_default="imported", comment="imported | observed"),
+    sa.Column(
+        "pattern_key", sa.String(1024), unique=True, comment="candidates.keys.pattern_key; null: unknown"
+    ),
+    sa.Column(
+        "source", sa.String(50), nullable=False, server_default="imported", comment="imported | observed"
+    ),
     sa.CheckConstraint("status IN ('pending', 'approved', 'promoted', 'rejected')", name="status"),
 )
 
@@ -146,7 +152,9 @@ l1_rules = sa.Table(
     sa.Column("runbook_id", sa.String(255)),
     sa.Column("confidence", sa.Double),
     sa.Column("promoted_from_l2", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.false(), comment="fold of rule_events"),
+    sa.Column(
+        "enabled", sa.Boolean, nullable=False, server_default=sa.false(), comment="fold of rule_events"
+    ),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("match_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("success_count", sa.BigInteger, nullable=False, server_default="0"),
@@ -159,7 +167,9 @@ l1_rules = sa.Table(
         ),
         comment="fraction; null over nothing",
     ),
-    sa.Column("source", sa.String(50), nullable=False, server_default="promoted", comment="builtin | promoted"),
+    sa.Column(
+        "source", sa.String(50), nullable=False, server_default="promoted", comment="builtin | promoted"
+    ),
     sa.Column("updated_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("platform", sa.String(50)),
     sa.Column("pattern_key", sa.String(1024), comment="the pattern this rule was promoted from, where known"),
@@ -262,8 +272,12 @@ appliances = sa.Table(
     sa.Column("site_id", sa.String(255), nullable=False),
     sa.Column("agent_version", sa.String(50)),
     sa.Column("last_checkin", Stamp),
-    sa.Column("status", sa.String(50), nullable=False, server_default="online", comment="online | offline | retired"),
-    sa.Column("capabilities", pg.JSONB, comment="action forms the agent reports; null: decided by its version"),
+    sa.Column(
+        "status", sa.String(50), nullable=False, server_default="online", comment="online | offline | retired"
+    ),
+    sa.Column(
+        "capabilities", pg.JSONB, comment="action forms the agent reports; null: decided by its version"
+    ),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Index("appliances_site_id_idx", "site_id"),
 )
@@ -294,7 +308,9 @@ telemetry_rejects = sa.Table(
     sa.Column("payload_bytes", sa.BigInteger, nullable=False, comment="length before any cut"),
     sa.Column("payload_hash", sa.String(64), nullable=False),
     sa.Column("times_seen", sa.Integer, nullable=False, server_default="1"),
-    sa.Column("status", sa.String(20), nullable=False, server_default="open", comment="open | accepted | discarded"),
+    sa.Column(
+        "status", sa.String(20), nullable=False, server_default="open", comment="open | accepted | discarded"
+    ),
     sa.Column("retried_at", Stamp),
     sa.Column("execution_id", sa.String(255), comment="the row it became, once accepted"),
     sa.UniqueConstraint("source", "line_number", "payload_hash", postgresql_nulls_not_distinct=True),
@@ -352,7 +368,9 @@ outcome_class_rules = sa.Table(
     metadata,
     sa.Column("rule_name", sa.String(100), primary_key=True),
     sa.Column("outcome_class", sa.String(30), nullable=False),
-    sa.Column("field", sa.String(30), nullable=False, comment="the telemetry column the pattern is held against"),
+    sa.Column(
+        "field", sa.String(30), nullable=False, comment="the telemetry column the pattern is held against"
+    ),
     sa.Column("pattern", Text, nullable=False, comment="an ILIKE pattern"),
     sa.Column("description", Text, nullable=False),
     sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.true()),
@@ -361,9 +379,7 @@ outcome_class_rules = sa.Table(
         "'suppressed')",
         name="outcome_class",
     ),
-    sa.CheckConstraint(
-        "field IN ('error_message', 'failure_type', 'status')", name="field"
-    ),
+    sa.CheckConstraint("field IN ('error_message', 'failure_type', 'status')", name="field"),
     sa.CheckConstraint("pattern <> '' AND pattern !~ '^%*$'", name="pattern"),
     comment="Error pattern -> outcome class. Classes rank in the order of the outcome_class check.",
 )
@@ -382,7 +398,9 @@ refresh_batches = sa.Table(
     "refresh_batches",
     metadata,
     sa.Column("batch_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
-    sa.Column("run_id", sa.String(255), nullable=False, unique=True, comment="Dagster run id: one batch a run"),
+    sa.Column(
+        "run_id", sa.String(255), nullable=False, unique=True, comment="Dagster run id: one batch a run"
+    ),
     sa.Column("opened_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("policy_name", sa.String(100), nullable=False),
     sa.Column("policy_hash", sa.String(64), nullable=False),
@@ -444,11 +462,20 @@ promotion_decisions = sa.Table(
     sa.Column("subject_id", sa.String(1024), nullable=False, comment="pattern_key or rule_id"),
     sa.Column("policy_name", sa.String(100), nullable=False),
     sa.Column("policy_hash", sa.String(64), nullable=False),
-    sa.Column("verdict", sa.String(30), nullable=False, comment="promote | hold | reject | keep | warn | quarantine"),
+    sa.Column(
+        "verdict", sa.String(30), nullable=False, comment="promote | hold | reject | keep | warn | quarantine"
+    ),
     sa.Column("reason", Text, nullable=False, comment="one sentence: the deciding gate"),
-    sa.Column("gates", pg.JSONB, nullable=False, comment="[{gate, verdict, observed, required, sentence}] in order"),
+    sa.Column(
+        "gates", pg.JSONB, nullable=False, comment="[{gate, verdict, observed, required, sentence}] in order"
+    ),
     sa.Column("evidence", pg.JSONB, nullable=False),
-    sa.Column("decision_hash", sa.String(64), nullable=False, comment="of verdict, gates, policy: a new row on change"),
+    sa.Column(
+        "decision_hash",
+        sa.String(64),
+        nullable=False,
+        comment="of verdict, gates, policy: a new row on change",
+    ),
     sa.Column(
         "confirmed_batch_id",
         sa.BigInteger,
@@ -497,7 +524,9 @@ rule_events = sa.Table(
     sa.Column("kind", sa.String(30), nullable=False),
     sa.Column("from_state", sa.String(20), nullable=False),
     sa.Column("to_state", sa.String(20), nullable=False),
-    sa.Column("definition", pg.JSONB, nullable=False, comment="incident_pattern, runbook_id, platform, source, …"),
+    sa.Column(
+        "definition", pg.JSONB, nullable=False, comment="incident_pattern, runbook_id, platform, source, …"
+    ),
     sa.Column("content_hash", sa.String(64), nullable=False),
     sa.Column("actor", sa.String(255), nullable=False),
     sa.Column("reason", Text, nullable=False),
@@ -523,7 +552,12 @@ rule_manifests = sa.Table(
     sa.Column("appliance_id", sa.String(255), primary_key=True),
     sa.Column("site_id", sa.String(255), nullable=False),
     sa.Column("manifest_hash", sa.String(64), nullable=False),
-    sa.Column("rules", pg.JSONB, nullable=False, comment="what this appliance should run, in its deterministic order"),
+    sa.Column(
+        "rules",
+        pg.JSONB,
+        nullable=False,
+        comment="what this appliance should run, in its deterministic order",
+    ),
     sa.Column("withheld", pg.JSONB, nullable=False, comment="enabled rules it cannot run, with the reason"),
     sa.Column("rule_count", sa.Integer, nullable=False),
     sa.Column("batch_id", sa.BigInteger, nullable=False),

@@ -1,7 +1,5 @@
 """Dagster assets of the delivery room: desired state, commands, and who has what."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import dagster as dg

@@ -1,7 +1,5 @@
 """Dagster assets of the health room: which rules leave service, and why."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -17,7 +17,7 @@ from flywheel_pipeline.delivery.publish import write_manifests
 from flywheel_pipeline.promotion import certificate as certificates
 from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence
 from flywheel_pipeline.promotion.gates import decide_pattern
-from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, content_hash, definition
+from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, definition
 from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.quality import unmet_gates
 
@@ -114,7 +114,6 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             policy,
             rule_id=rule_id,
             rule_version=version,
-            content_hash=content_hash(content),
             definition=content,
             batch_id=batch.batch_id,
             run_id=batch.run_id,

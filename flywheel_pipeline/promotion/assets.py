@@ -1,7 +1,5 @@
 """Dagster assets of the promotion room: decisions, the ledger, and the registry that folds from it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -28,6 +28,7 @@ from flywheel_pipeline.promotion.gates import (
     decide_pattern,
     decide_rule,
 )
+from flywheel_pipeline.promotion.plain import plain
 from flywheel_pipeline.promotion.policy import Policy, load_policy
 
 RECURRENCE = dt.timedelta(hours=24)
@@ -43,19 +44,6 @@ class Decided:
     subject_id: str
     changed: bool
     decision: Decision
-
-
-def plain(value: Any) -> Any:
-    """Turn evidence or gates into JSON types: dataclasses to objects, times to ISO text, sets and tuples to lists."""
-    if hasattr(value, "__dataclass_fields__"):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in value]
-    if isinstance(value, (dt.datetime, dt.date)):
-        return value.isoformat()
-    return value
 
 
 def conditions_of(incident_type: str) -> dict[str, str]:
@@ -78,19 +66,40 @@ def _incident_types(incident_pattern: Any) -> set[str]:
     return found
 
 
+# Before the canary, the settled episodes of L2; from the canary on, those of the rule's own version. The first ones by
+# event time count, so that evidence cannot be picked; a re-admission begins with fresh evidence.
 _SITE_EVIDENCE = sa.text(
     """
+    WITH staged AS (
+      SELECT r.rule_id, r.pattern_key, v.occurred_at AS since FROM l1_rules AS r
+      JOIN LATERAL (
+        SELECT min(e.occurred_at) AS occurred_at FROM rule_events AS e
+        WHERE e.rule_id = r.rule_id AND e.rule_version = r.rule_version AND e.to_state = 'canary'
+      ) AS v ON true
+      WHERE r.pattern_key = ANY(:keys) AND r.source = 'promoted' AND r.state IN ('canary', 'ring')
+    ),
+    rated AS (
+      SELECT e.pattern_key, e.site_id, e.day, e.hostname, e.succeeded, e.first_at, e.nth_of_host
+      FROM pattern_evidence AS e
+      WHERE e.pattern_key = ANY(:keys) AND e.last_at <= :settled_before
+        AND NOT EXISTS (SELECT 1 FROM staged AS s WHERE s.pattern_key = e.pattern_key)
+        AND e.first_at >= coalesce((
+              SELECT max(v.occurred_at) FROM rule_events AS v
+              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
+      UNION ALL
+      SELECT s.pattern_key, e.site_id, e.day, e.hostname, e.outcome = 'success', e.first_at,
+             row_number() OVER (PARTITION BY s.pattern_key, e.site_id, e.hostname ORDER BY e.first_at, e.day)
+      FROM staged AS s
+      JOIN episodes AS e ON e.level = 'L1' AND e.rule_id = s.rule_id AND e.first_at >= s.since
+      WHERE e.outcome <> 'unrated' AND e.last_at <= :settled_before
+    )
     SELECT pattern_key, site_id,
            count(*) FILTER (WHERE succeeded) AS successes,
            count(*) FILTER (WHERE NOT succeeded) AS failures,
            count(DISTINCT hostname) AS hosts
     FROM (
-      SELECT e.*, row_number() OVER (PARTITION BY pattern_key, site_id ORDER BY first_at, day, hostname) AS nth_of_site
-      FROM pattern_evidence AS e
-      WHERE nth_of_host <= :host_cap AND last_at <= :settled_before AND pattern_key = ANY(:keys)
-        AND first_at >= coalesce((
-              SELECT max(v.occurred_at) FROM rule_events AS v
-              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
+      SELECT r.*, row_number() OVER (PARTITION BY pattern_key, site_id ORDER BY first_at, day, hostname) AS nth_of_site
+      FROM rated AS r WHERE nth_of_host <= :host_cap
     ) AS capped
     WHERE nth_of_site <= :site_cap
     GROUP BY pattern_key, site_id
@@ -105,10 +114,15 @@ def load_pattern_evidence(
     """Return the evidence of every undecided pattern (or of `keys`), as the gates ask for it, in order of key."""
     candidates = connection.execute(
         sa.text(
-            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at FROM pattern_candidates AS c "
+            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at, CASE WHEN r.state = 'shadow' THEN ("
+            "  SELECT count(*) FROM episodes AS e WHERE e.level <> 'L1' AND e.incident_type = c.incident_type "
+            "  AND e.platform = c.platform AND e.first_at >= r.state_at) ELSE 0 END AS would_fires "
+            "FROM pattern_candidates AS c "
             "LEFT JOIN l1_rules AS r ON r.pattern_key = c.pattern_key AND r.source = 'promoted' AND r.state <> 'retired' "
-            "WHERE (CAST(:keys AS text[]) IS NULL AND coalesce(c.status, 'pending') IN ('pending', 'approved') "
-            "       OR c.pattern_key = ANY(CAST(:keys AS text[]))) ORDER BY c.pattern_key, r.rule_id"
+            "WHERE CASE WHEN CAST(:keys AS text[]) IS NOT NULL THEN c.pattern_key = ANY(CAST(:keys AS text[])) "
+            "  ELSE coalesce(r.state, 'none') IN ('none', 'proposed', 'shadow', 'canary', 'ring') "
+            "       AND (coalesce(c.status, 'pending') IN ('pending', 'approved') OR r.state IN ('canary', 'ring')) END "
+            "ORDER BY c.pattern_key, r.rule_id"
         ),
         {"keys": None if keys is None else list(keys)},
     ).all()
@@ -188,12 +202,9 @@ def load_pattern_evidence(
                 platform=row.platform,
                 occurrences=row.executions,
                 successes=row.raw_successes,
-                executions=row.executions,
                 excluded=row.excluded,
                 unverified=row.unverified,
-                runbook_exists=row.is_disruptive is not None,
                 runbook_problem=row.runbook_problem,
-                runbook_platform=row.platform if row.runbook_problem is None else None,
                 is_disruptive=bool(row.is_disruptive),
                 category=row.category,
                 conditions=conditions_of(row.incident_type),
@@ -205,7 +216,7 @@ def load_pattern_evidence(
                 sites=tuple(sites[key]),
                 active_sites=active_sites,
                 stage=stage,
-                would_fires=0,
+                would_fires=row.would_fires,
                 shadow_days=0.0
                 if stage != "shadow"
                 else max((batch.now - row.rule_state_at).total_seconds() / 86400, 0.0),
@@ -214,9 +225,12 @@ def load_pattern_evidence(
                 rejected_by=next((a.actor for a in reversed(acts[key]) if a.act == "reject"), None)
                 if acts[key] and acts[key][-1].act == "reject"
                 else None,
-                first_at=row.first_at,
-                last_at=row.last_at,
                 checks_green=checks_green,
+                days_observed=None
+                if row.first_at is None
+                else max((batch.now - row.first_at).total_seconds() / 86400, 0.0),
+                first_at=row.first_at.isoformat() if row.first_at else None,
+                last_at=row.last_at.isoformat() if row.last_at else None,
             )
         )
     return evidence
@@ -242,7 +256,6 @@ def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None
             platform=row.platform,
             source=row.source,
             state=row.state,
-            runbook_executable=row.runbook_problem is None,
             runbook_problem=row.runbook_problem,
             matches=row.matches,
             successes=row.raw_successes,

@@ -1,7 +1,5 @@
 """Human acts as Dagster jobs: a launchpad form with actor and reason, the same function as the command line."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import dagster as dg

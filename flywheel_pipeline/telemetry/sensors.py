@@ -4,8 +4,6 @@ A tick waits inside itself on the outbox's NOTIFY for up to 20 seconds, which cu
 NOTIFY is a hint: the outbox is asked first and last, so a lost one costs an interval and no data.
 """
 
-from __future__ import annotations
-
 import time
 
 import dagster as dg
@@ -51,12 +49,12 @@ def wait_for_telemetry(engine: sa.Engine, seconds: float) -> int:
                 pass
 
 
-def build_telemetry_sensor(job: dg.JobDefinition | dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
-    """Build the sensor that runs `job` when the outbox is not empty and no run of it is unfinished."""
+def build_telemetry_sensor(job_name: str) -> dg.SensorDefinition:
+    """Build the sensor that runs the job of this name when the outbox is not empty and no run of it is unfinished."""
 
     @dg.sensor(
         name="new_telemetry",
-        job=job,
+        job_name=job_name,
         minimum_interval_seconds=1,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Runs the pipeline within seconds of new telemetry. Skips with numbers while nothing waits.",
@@ -66,18 +64,18 @@ def build_telemetry_sensor(job: dg.JobDefinition | dg.UnresolvedAssetJobDefiniti
     ) -> dg.RunRequest | dg.SkipReason:
         def busy() -> int:
             return len(
-                context.instance.get_runs(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED), limit=10)
+                context.instance.get_runs(dg.RunsFilter(job_name=job_name, statuses=UNFINISHED), limit=10)
             )
 
         if unfinished := busy():
             return dg.SkipReason(
-                f"{unfinished} unfinished run of {job.name}; {waiting_cells(database.engine)} site-days wait for it."
+                f"{unfinished} unfinished run of {job_name}; {waiting_cells(database.engine)} site-days wait for it."
             )
         cells = wait_for_telemetry(database.engine, WAIT_SECONDS)
         if not cells:
             return dg.SkipReason(f"0 site-days in the outbox for {WAIT_SECONDS:.0f} s: nothing new.")
         if unfinished := busy():
-            return dg.SkipReason(f"{unfinished} unfinished run of {job.name} will take the {cells} waiting site-days.")
+            return dg.SkipReason(f"{unfinished} unfinished run of {job_name} will take the {cells} waiting site-days.")
         return dg.RunRequest(tags={"flywheel/trigger": "new_telemetry", "flywheel/waiting_cells": str(cells)})
 
     return new_telemetry

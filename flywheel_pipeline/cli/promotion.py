@@ -1,0 +1,186 @@
+"""Commands of the promotion room: explain, gate, certificate, policy."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from flywheel_pipeline.cli.terminal import open_database, out, print_json, print_table
+from flywheel_pipeline.errors import FlywheelError, UsageError
+
+certificate = typer.Typer(help="What a promotion rests on, to be recomputed by anybody.", no_args_is_help=True)
+policy = typer.Typer(help="Promotion policies: versioned, hashed, one in force.", no_args_is_help=True)
+JSON = typer.Option(False, "--json", help="Print one JSON document.")
+MARKS = {"pass": "[green]✓[/]", "fail": "[red]✗[/]", "inconclusive": "[yellow]…[/]"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add this room's commands."""
+    app.command("explain")(explain)
+    app.command("gate")(gate)
+    app.add_typer(certificate, name="certificate")
+    app.add_typer(policy, name="policy")
+
+
+def explain(
+    subject: str = typer.Argument(..., help="A rule id, a pattern key or a pattern id."),
+    json: bool = JSON,
+) -> None:
+    """Say why a rule or pattern is promoted, held or quarantined: each gate in order, observed and required."""
+    from flywheel_pipeline.promotion.explain import explain as ask
+
+    found = ask(open_database(), subject)
+    if json:
+        print_json(found)
+        return
+    out.print(f"[bold]{escape(found['subject_id'])}[/]  ({found['subject_kind']}, policy {found['policy']})")
+    out.print(escape(found["summary"]), soft_wrap=True)
+    if found["gates"]:
+        out.print("\n[bold]Gates, on the evidence of now[/]")
+        for line in found["gates"]:
+            out.print(f"  {MARKS[line['verdict']]} {line['gate']:24} {escape(line['sentence'])}", soft_wrap=True)
+            if line["verdict"] != "pass":
+                out.print(f"      observed {escape(line['observed'])}; required {escape(line['required'])}", style="dim", soft_wrap=True)
+    if found["ladder"]:
+        out.print()
+        print_table(
+            "Ladder of the sequential test",
+            found["ladder"],
+            {"stage": "stage", "floor": "floor", "alpha": "alpha", "verdict": "verdict", "more_clean": "clean episodes still needed"},
+        )
+    if found["events"]:
+        out.print()
+        print_table(
+            "Ledger",
+            found["events"],
+            {"at": "when", "kind": "step", "to_state": "state", "rule_version": "version", "actor": "by", "reason": "because"},
+        )
+    if found["failures"]:
+        out.print()
+        print_table("Why it fails", found["failures"], {"count": "executions", "outcome_class": "class", "template": "error"})
+
+
+def gate(
+    successes: int = typer.Argument(..., min=0, help="Episodes that held."),
+    failures: int = typer.Argument(..., min=0, help="Episodes that did not."),
+    floor: float = typer.Option(0.90, "--floor", help="Success rate to be above, a fraction."),
+    alpha: float = typer.Option(0.05, "--alpha", help="Probability of ever promoting at the floor."),
+    json: bool = JSON,
+) -> None:
+    """Evaluate bare counts: promote, reject or inconclusive, and how many clean episodes are still needed."""
+    from flywheel_pipeline.promotion import evalue
+
+    for name, value in (("--floor", floor), ("--alpha", alpha)):
+        if not 0.0 < value < 1.0 or math.isnan(value):
+            raise UsageError(f"{name} is a fraction strictly between 0 and 1, not {value}.", hint=f"Try {name} 0.9.")
+    found = {
+        "verdict": evalue.verdict(successes, failures, floor, alpha),
+        "log_e": evalue.log_e(successes, failures, floor),
+        "log_e_reject": evalue.log_e_reject(successes, failures, floor),
+        "log_threshold": evalue.threshold(alpha),
+        "needed_clean": evalue.needed_clean(successes, failures, floor, alpha),
+    }
+    if json:
+        print_json(found)
+    else:
+        out.print(
+            f"[bold]{found['verdict']}[/]: log E = {found['log_e']:.3f}, against {found['log_e_reject']:.3f}, "
+            f"threshold {found['log_threshold']:.3f}."
+        )
+        if found["verdict"] != "promote":
+            more = found["needed_clean"]
+            out.print("No number of clean episodes within reach promotes." if more is None else f"{more} more clean episodes in a row would promote.")
+
+
+@certificate.command("export")
+def export(
+    rule_id: str = typer.Argument(..., help="A promoted rule."),
+    out_file: Path = typer.Option(..., "--out", help="File to write."),
+) -> None:
+    """Write the certificate of a rule's last promotion to a file."""
+    import sqlalchemy as sa
+
+    with open_database().connect() as connection:
+        document = connection.execute(
+            sa.text(
+                "SELECT certificate FROM rule_events WHERE rule_id = :id AND certificate IS NOT NULL "
+                "ORDER BY event_id DESC LIMIT 1"
+            ),
+            {"id": rule_id},
+        ).scalar_one_or_none()
+    if document is None:
+        raise FlywheelError(
+            f"Rule {rule_id} has no certificate: Flywheel did not promote it.",
+            hint="Built-in and imported rules have none; `flywheel explain` shows where a rule comes from.",
+        )
+    out_file.write_text(json_module.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    out.print(f"Wrote {out_file}; `flywheel certificate verify {out_file}` recomputes it offline.", markup=False)
+
+
+@certificate.command("verify")
+def verify(file: Path = typer.Argument(..., help="A certificate."), json: bool = JSON) -> None:
+    """Recompute a certificate offline, without a database. Exit 1 if anything does not fit."""
+    from flywheel_pipeline.promotion.certificate import verify as recompute
+
+    if not file.is_file():
+        raise UsageError(f"There is no file {file}.", hint="Export one: flywheel certificate export RULE --out FILE.")
+    problems = recompute(file.read_bytes())
+    if json:
+        print_json({"valid": not problems, "problems": problems})
+    elif problems:
+        out.print("[bold red]Not valid[/]")
+        for problem in problems:
+            out.print(f"  ✗ {problem}", markup=False)
+    else:
+        out.print("[green]Valid[/]: hashes, policy, definition, evidence and every gate recompute to the same verdict.")
+    if problems:
+        raise typer.Exit(1)
+
+
+@policy.command("list")
+def list_policies(json: bool = JSON) -> None:
+    """List the policies and the one in force."""
+    from flywheel_pipeline.aggregates.batches import policy_in_force
+    from flywheel_pipeline.promotion.policy import load_policy, policy_names
+
+    with open_database().connect() as connection:
+        current = policy_in_force(connection)
+    rows: list[dict[str, Any]] = []
+    for name in policy_names():
+        loaded = load_policy(name)
+        rows.append(
+            {
+                "name": name,
+                "version": loaded.version,
+                "hash": loaded.policy_hash[:12],
+                "in_force": name == current.policy_name,
+                "description": loaded.description,
+            }
+        )
+    if json:
+        print_json(rows)
+    else:
+        for row in rows:
+            row["mark"] = "in force" if row["in_force"] else ""
+        print_table("Policies", rows, {"name": "name", "version": "version", "hash": "hash", "mark": "", "description": "description"})
+
+
+@policy.command("activate")
+def activate(
+    name: str = typer.Argument(..., help="Name of a policy."),
+    actor: str = typer.Option(..., "--actor", help="Who decides this, by name."),
+    reason: str = typer.Option(..., "--reason", help="Why; auditors read it."),
+) -> None:
+    """Put a policy in force, in real time, from the next run on."""
+    from flywheel_pipeline.aggregates.batches import activate_policy
+
+    if not actor.strip() or not reason.strip():
+        raise UsageError("To activate a policy needs an actor and a reason.")
+    with open_database().begin() as connection:
+        changed = activate_policy(connection, name, actor=actor, reason=reason)
+    out.print(f"Policy {name} is in force." if changed else f"Policy {name} was in force already.")

@@ -1,0 +1,508 @@
+"""The gates: pure functions from evidence and policy to pass, fail or inconclusive, with figures and a sentence.
+
+Belongs here: what each gate asks and the decision they add up to. Does not belong here: loading evidence, storing
+decisions. All gates are evaluated in order and all are reported; the first that does not pass gives the reason. What
+is not known is inconclusive, and the inconclusive holds: nothing fails open.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flywheel_pipeline.promotion import evalue
+from flywheel_pipeline.promotion.policy import Policy
+from flywheel_pipeline.promotion.runbook_ids import is_placeholder
+
+GateVerdict = Literal["pass", "fail", "inconclusive"]
+PatternVerdict = Literal["promote", "advance", "hold", "reject", "expired"]
+RuleVerdict = Literal["keep", "warn", "quarantine"]
+
+NEXT_STAGE = {"none": "shadow", "proposed": "shadow", "shadow": "canary", "canary": "ring", "ring": "fleet"}
+
+
+@dataclass(frozen=True)
+class SiteEvidence:
+    """Rated episodes of one site that count (after the caps), and the hosts they come from."""
+
+    site_id: str
+    successes: int
+    failures: int
+    hosts: int
+
+
+@dataclass(frozen=True)
+class PatternEvidence:
+    """What is known of a pattern when it is decided.
+
+    `occurrences` and `successes` are raw L2 executions as reported; `sites` holds the capped, settled episodes that
+    the sequential test counts: of L2 before the canary, of the rule itself from then on. Shares are fractions, None
+    where nothing is known.
+    """
+
+    pattern_key: str
+    incident_type: str
+    runbook_id: str
+    platform: str
+    occurrences: int
+    successes: int
+    excluded: int
+    unverified: int
+    runbook_problem: str | None
+    is_disruptive: bool
+    category: str | None
+    conditions: Mapping[str, Any]
+    matched_incidents: int
+    shadowed_rules: tuple[str, ...]
+    capable_share: float | None
+    selected_incidents: int
+    type_incidents: int
+    sites: tuple[SiteEvidence, ...]
+    active_sites: int
+    stage: str
+    would_fires: int
+    shadow_days: float
+    attempt: int
+    approvers: tuple[str, ...]
+    rejected_by: str | None
+    checks_green: bool | None
+    days_observed: float | None = None
+    first_at: dt.datetime | str | None = None
+    last_at: dt.datetime | str | None = None
+
+    @property
+    def rated(self) -> tuple[int, int]:
+        """(successes, failures) over all sites."""
+        return sum(s.successes for s in self.sites), sum(s.failures for s in self.sites)
+
+
+@dataclass(frozen=True)
+class RuleEvidence:
+    """What is known of a rule in service. `matches` to `failures` are raw executions, `rated_*` episodes."""
+
+    rule_id: str
+    rule_version: int
+    incident_type: str
+    runbook_id: str | None
+    platform: str | None
+    source: str
+    state: str
+    runbook_problem: str | None
+    matches: int
+    successes: int
+    failures: int
+    rated_successes: int
+    rated_failures: int
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate's answer: what was observed, what the policy requires, and a sentence for the operator."""
+
+    gate: str
+    verdict: GateVerdict
+    observed: str
+    required: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict with its reason (the first gate that did not pass) and every gate in order."""
+
+    verdict: PatternVerdict | RuleVerdict
+    target_state: str | None
+    reason: str
+    gates: tuple[GateResult, ...]
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+def _rate(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({part / whole:.0%})" if whole else "")
+
+
+def _executable(runbook_id: str | None, problem: str | None) -> GateResult:
+    if problem is None and is_placeholder(runbook_id):
+        problem = f"{runbook_id or 'an empty runbook'} is a placeholder: no script stands behind it"
+    return GateResult(
+        "executable_runbook",
+        "fail" if problem else "pass",
+        runbook_id or "none",
+        "an enabled runbook of the catalogue, for the platform",
+        f"{problem}." if problem else f"{runbook_id} is in the catalogue for this platform.",
+    )
+
+
+def _conditions(e: PatternEvidence) -> GateResult:
+    named = any(str(value).strip() for key, value in e.conditions.items() if key in ("incident_type", "check_type"))
+    return GateResult(
+        "match_conditions",
+        "pass" if named else "fail",
+        ", ".join(f"{k} = {v}" for k, v in e.conditions.items()) or "none",
+        "an incident type",
+        "The rule matches one incident type." if named else "Empty match conditions would match every incident.",
+    )
+
+
+def _human(e: PatternEvidence) -> GateResult:
+    return GateResult(
+        "not_rejected",
+        "fail" if e.rejected_by else "pass",
+        f"rejected by {e.rejected_by}" if e.rejected_by else "not rejected",
+        "not rejected",
+        f"{e.rejected_by} rejected it." if e.rejected_by else "Nobody rejected it.",
+    )
+
+
+# ------------------------------------------------------------------------------------------- threshold policies
+
+
+def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
+    assert policy.threshold is not None  # noqa: S101 (the policy's own validation)
+    least, floor = policy.threshold.min_occurrences, policy.threshold.min_success_rate
+    enough = e.occurrences >= least
+    rate = e.successes / e.occurrences if e.occurrences else None
+    if rate is None:
+        verdict, sentence = "inconclusive", "No L2 execution of it is in the telemetry."
+    elif rate >= floor:
+        verdict, sentence = "pass", f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}."
+    else:
+        verdict, sentence = "fail", f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}."
+    return [
+        _executable(e.runbook_id, e.runbook_problem),
+        _conditions(e),
+        _human(e),
+        GateResult(
+            "occurrences",
+            "pass" if enough else "inconclusive",
+            str(e.occurrences),
+            f"at least {least}",
+            f"Seen {e.occurrences} times; {least} are needed."
+            if not enough
+            else f"Seen {e.occurrences} times; {least} suffice.",
+        ),
+        GateResult("success_rate", verdict, "none" if rate is None else f"{rate:.4f}", f"at least {floor:.2f}", sentence),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- sequential policies
+
+
+def _high_risk(e: PatternEvidence, policy: Policy) -> bool:
+    return e.is_disruptive or (e.category or "").lower() in policy.approval.high_risk_categories
+
+
+def _matches(e: PatternEvidence, policy: Policy) -> GateResult:
+    need = policy.admission.min_matched_incidents
+    return GateResult(
+        "matches_past_incidents",
+        "pass" if e.matched_incidents >= need else "fail",
+        str(e.matched_incidents),
+        f"at least {need}",
+        f"Replayed on the past, its conditions catch {e.matched_incidents} incidents.",
+    )
+
+
+def _shadows(e: PatternEvidence) -> GateResult:
+    return GateResult(
+        "shadows_no_rule",
+        "fail" if e.shadowed_rules else "pass",
+        ", ".join(e.shadowed_rules) or "none",
+        "no healthy rule on the same incidents",
+        f"It would stand before {', '.join(e.shadowed_rules)}, which already handles these incidents."
+        if e.shadowed_rules
+        else "No healthy rule handles these incidents.",
+    )
+
+
+def _checks(e: PatternEvidence) -> GateResult:
+    known = e.checks_green is not None
+    return GateResult(
+        "checks_green",
+        "inconclusive" if not known else "pass" if e.checks_green else "fail",
+        "not run" if not known else "green" if e.checks_green else "failed",
+        "green in this batch",
+        "The data checks of this batch have not run."
+        if not known
+        else "The data checks of this batch passed."
+        if e.checks_green
+        else "A data check of this batch failed.",
+    )
+
+
+def _share(gate: str, share: float | None, need: float, sentence: str, *, at_most: bool = False) -> GateResult:
+    if share is None:
+        return GateResult(gate, "inconclusive", "unknown", f"{'at most' if at_most else 'at least'} {need:.2f}", sentence)
+    good = share <= need if at_most else share >= need
+    return GateResult(
+        gate,
+        "pass" if good else "fail",
+        f"{share:.4f}",
+        f"{'at most' if at_most else 'at least'} {need:.2f}",
+        sentence,
+    )
+
+
+def _admission(e: PatternEvidence, policy: Policy) -> list[GateResult]:
+    a = policy.admission
+    selection = e.selected_incidents / e.type_incidents if e.type_incidents else None
+    excluded = e.excluded / e.occurrences if e.occurrences else None
+    return [
+        _executable(e.runbook_id, e.runbook_problem),
+        _conditions(e),
+        _human(e),
+        _matches(e, policy),
+        _shadows(e),
+        _checks(e),
+        _share(
+            "agents_capable",
+            e.capable_share,
+            a.min_capable_share,
+            "No appliance is known."
+            if e.capable_share is None
+            else f"{e.capable_share:.0%} of the appliances can run it; the others' agents are too old.",
+        ),
+        _share(
+            "selection_share",
+            selection,
+            a.min_selection_share,
+            f"L2 chose this runbook in {_rate(e.selected_incidents, e.type_incidents)} incidents of {e.incident_type}; "
+            "a rule would fire on all of them.",
+        ),
+        _share(
+            "exclusions",
+            excluded,
+            a.max_excluded_share,
+            f"{_rate(e.excluded, e.occurrences)} executions enter no rate (unreachable, not applicable, escalated …).",
+            at_most=True,
+        ),
+    ]
+
+
+def _approval(e: PatternEvidence, policy: Policy, target: str) -> GateResult | None:
+    reasons = []
+    if target != "shadow":
+        if policy.approval.required_always:
+            reasons.append(f"policy {policy.name} asks for one")
+        if policy.approval.required_for_disruptive and _high_risk(e, policy):
+            reasons.append("the runbook is of the high-risk class")
+    if target == "fleet" and e.active_sites < policy.approval.min_active_sites_without:
+        reasons.append(f"only {e.active_sites} sites are active ({policy.approval.min_active_sites_without} needed without)")
+    if not reasons:
+        return None
+    given = bool(e.approvers)
+    return GateResult(
+        "approval",
+        "pass" if given else "inconclusive",
+        ", ".join(e.approvers) or "nobody",
+        "a named approver",
+        f"Approved by {', '.join(e.approvers)}." if given else f"A named approver is needed: {' and '.join(reasons)}.",
+    )
+
+
+def _shadow(e: PatternEvidence, policy: Policy) -> GateResult:
+    s = policy.shadow
+    good = e.would_fires >= s.min_would_fires or e.shadow_days >= s.min_days
+    return GateResult(
+        "shadow_observed",
+        "pass" if good else "inconclusive",
+        f"{e.would_fires} would-fires in {e.shadow_days:.1f} days",
+        f"{s.min_would_fires} would-fires, or {s.min_days:g} days",
+        f"In shadow for {e.shadow_days:.1f} days with {e.would_fires} would-fires.",
+    )
+
+
+def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[GateResult], dict[str, str]]:
+    gate = policy.stage_gate(target, e.incident_type, high_risk=_high_risk(e, policy))
+    alpha = evalue.spent_alpha(gate.alpha, e.attempt)
+    need = evalue.threshold(alpha)
+    s, f = e.rated
+    log_e = evalue.log_e(s, f, gate.floor)
+    against = evalue.log_e_reject(s, f, gate.floor)
+    required = f"log E >= {need:.4f} (floor {gate.floor:.2f}, alpha {alpha:.5f})"
+    if log_e >= need:
+        verdict, sentence = "pass", f"{_rate(s, s + f)} episodes held; beyond doubt above the floor of {gate.floor:.0%}."
+    elif against >= need:
+        verdict, sentence = "fail", f"{_rate(s, s + f)} episodes held, the floor is {gate.floor:.0%}: rejected."
+    else:
+        clean = evalue.needed_clean(s, f, gate.floor, alpha)
+        verdict = "inconclusive"
+        sentence = f"{_rate(s, s + f)} episodes held; {clean} more in a row would show a rate above {gate.floor:.0%}."
+    results = [GateResult("e_value", verdict, f"log E = {log_e:.4f}", required, sentence)]
+    figures = {
+        "log_e": f"{log_e:.9f}",
+        "log_e_reject": f"{against:.9f}",
+        "log_threshold": f"{need:.9f}",
+        "successes": str(s),
+        "failures": str(f),
+    }
+    if target in ("ring", "fleet"):
+        q = policy.quorum
+        wide = sum(site.successes + site.failures >= q.min_episodes_per_site for site in e.sites)
+        hosts = sum(site.hosts for site in e.sites)
+        results.append(
+            GateResult(
+                "quorum",
+                "pass" if wide >= q.min_sites and hosts >= q.min_hosts else "inconclusive",
+                f"{wide} sites, {hosts} hosts",
+                f"{q.min_sites} sites with {q.min_episodes_per_site} episodes each, {q.min_hosts} hosts",
+                f"Evidence from {wide} sites with {q.min_episodes_per_site} episodes or more, and from {hosts} hosts.",
+            )
+        )
+        if q.leave_one_site_out:
+            worst, without = leave_one_out(e.sites, gate.floor)
+            figures["log_e_leave_one_out"] = f"{worst:.9f}"
+            results.append(
+                GateResult(
+                    "leave_one_site_out",
+                    "pass" if worst >= need else "inconclusive",
+                    f"log E = {worst:.4f} without {without or 'any'}",
+                    f"log E >= {need:.4f} without any one site",
+                    "No single site carries the evidence."
+                    if worst >= need
+                    else f"Without {without or 'its sites'} the evidence does not suffice.",
+                )
+            )
+        rejecting = [
+            site.site_id for site in e.sites if evalue.log_e_reject(site.successes, site.failures, gate.floor) >= need
+        ]
+        results.append(
+            GateResult(
+                "no_site_rejects",
+                "fail" if rejecting else "pass",
+                ", ".join(rejecting) or "none",
+                "no site whose own episodes reject it",
+                f"It fails at {', '.join(rejecting)}." if rejecting else "It fails at no single site.",
+            )
+        )
+    return results, figures
+
+
+def leave_one_out(sites: tuple[SiteEvidence, ...], floor: float) -> tuple[float, str | None]:
+    """Return the least log E over dropping any one site, and that site; (0, None) without sites."""
+    s, f = sum(x.successes for x in sites), sum(x.failures for x in sites)
+    worst: tuple[float, str | None] = (0.0, None)
+    for i, site in enumerate(sites):
+        value = evalue.log_e(s - site.successes, f - site.failures, floor)
+        if i == 0 or value < worst[0]:
+            worst = (value, site.site_id)
+    return worst
+
+
+def _expiry(e: PatternEvidence, policy: Policy) -> GateResult | None:
+    rated = sum(e.rated)
+    days = e.days_observed
+    over = (days is not None and days >= policy.expiry.days) or rated >= policy.expiry.episodes
+    if not over:
+        return None
+    return GateResult(
+        "expiry",
+        "fail",
+        f"{rated} episodes in {0 if days is None else days:.0f} days",
+        f"a verdict within {policy.expiry.days:g} days and {policy.expiry.episodes} episodes",
+        "Inconclusive for too long: parked until somebody approves it.",
+    )
+
+
+def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
+    """Decide whether a pattern takes its next step under a policy.
+
+    Under a threshold policy the step is to the whole fleet at once. Under a sequential one it is the next stage:
+    shadow, canary, ring, fleet; the test of a stage stands before entering it.
+
+    Returns:
+        `promote` (threshold) or `advance` (sequential) with the target state if every gate passes; `reject` if the
+        evidence itself speaks against it; `expired` if it stayed inconclusive too long; else `hold`.
+    """
+    if policy.kind == "threshold":
+        gates = _threshold_gates(evidence, policy)
+        return _conclude("promote", "fleet", gates, {})
+    target = NEXT_STAGE.get(evidence.stage)
+    if target is None:
+        gate = GateResult("stage", "fail", evidence.stage, "a stage before fleet", f"It is {evidence.stage} already.")
+        return Decision("hold", None, gate.sentence, (gate,))
+    gates = _admission(evidence, policy)
+    tested = "canary" if target == "shadow" else target
+    statistics, figures = _statistics(evidence, policy, tested)
+    if target == "shadow":
+        # Shadow runs nothing: it needs no proof of success, but nothing that is already refuted enters it.
+        first = statistics[0]
+        if first.verdict == "inconclusive":
+            statistics[0] = GateResult(first.gate, "pass", first.observed, "not refuted", first.sentence)
+    if target == "canary":
+        gates.append(_shadow(evidence, policy))
+    gates += statistics
+    approval = _approval(evidence, policy, target)
+    if approval is not None:
+        gates.append(approval)
+    undecided = any(g.verdict == "inconclusive" for g in gates)
+    if undecided and not evidence.approvers:
+        expiry = _expiry(evidence, policy)
+        if expiry is not None:
+            gates.append(expiry)
+    return _conclude("advance", target, gates, figures)
+
+
+def _conclude(
+    good: PatternVerdict, target: str, gates: list[GateResult], figures: Mapping[str, str]
+) -> Decision:
+    open_gates = [g for g in gates if g.verdict != "pass"]
+    if not open_gates:
+        return Decision(good, target, f"All {len(gates)} gates pass: {gates[-1].sentence}", tuple(gates), figures)
+    refuted = next((g for g in open_gates if g.gate in ("e_value", "not_rejected") and g.verdict == "fail"), None)
+    expired = next((g for g in open_gates if g.gate == "expiry"), None)
+    first = open_gates[0]
+    if refuted is not None and first is refuted:
+        return Decision("reject", None, refuted.sentence, tuple(gates), figures)
+    if expired is not None and all(g.verdict == "inconclusive" or g is expired for g in open_gates):
+        return Decision("expired", None, expired.sentence, tuple(gates), figures)
+    return Decision("hold", None, first.sentence, tuple(gates), figures)
+
+
+def decide_rule(evidence: RuleEvidence, policy: Policy) -> Decision:
+    """Decide whether a rule stays in service under a policy: keep, warn or quarantine.
+
+    A rule whose runbook cannot run leaves service under every policy, built-in ones excepted where the policy spares
+    them: those ship with the agent, and only a person takes them out.
+    """
+    d = policy.demotion
+    spared = evidence.source == "builtin" and d.spare_builtin
+    gates = [_executable(evidence.runbook_id, evidence.runbook_problem)]
+    rate = evidence.successes / evidence.matches if evidence.matches else None
+    low = rate is not None and evidence.matches >= d.min_matches and rate < d.warn_below
+    gates.append(
+        GateResult(
+            "raw_rate",
+            "fail" if low else "inconclusive" if rate is None or evidence.matches < d.min_matches else "pass",
+            "none" if rate is None else f"{rate:.4f} of {evidence.matches}",
+            f"at least {d.warn_below:.2f} over {d.min_matches} matches",
+            "It has matched nothing yet."
+            if rate is None
+            else f"{_rate(evidence.successes, evidence.matches)} executions succeeded.",
+        )
+    )
+    against = evalue.log_e_reject(evidence.rated_successes, evidence.rated_failures, d.floor)
+    need = evalue.threshold(d.alpha)
+    rated = evidence.rated_successes + evidence.rated_failures
+    refuted = against >= need
+    gates.append(
+        GateResult(
+            "not_refuted",
+            "fail" if refuted else "pass" if rated else "inconclusive",
+            f"log E against = {against:.4f}",
+            f"below {need:.4f} (floor {d.floor:.2f}, alpha {d.alpha:.2f})",
+            f"{_rate(evidence.rated_successes, rated)} episodes held" + (f"; the floor is {d.floor:.0%}." if rated else "."),
+        )
+    )
+    if gates[0].verdict == "fail":
+        return Decision("warn" if spared else "quarantine", None if spared else "quarantined", gates[0].sentence, tuple(gates))
+    if refuted and d.failing_rule == "quarantine" and not spared:
+        return Decision("quarantine", "quarantined", gates[2].sentence, tuple(gates))
+    if low or refuted:
+        failing = gates[1] if low else gates[2]
+        return Decision("warn", None, failing.sentence, tuple(gates))
+    return Decision("keep", None, gates[2].sentence if rated else gates[1].sentence, tuple(gates))
+
+

@@ -1,0 +1,215 @@
+"""Promotion policies: versioned YAML, validated strictly, hashed; the hash stands on every decision.
+
+Belongs here: what a policy may say and reading it. Does not belong here: applying it (`gates.py`). An unknown key is
+an error: a threshold that nobody reads is how the old system got its stricter BitLocker limits ignored.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flywheel_pipeline.errors import PolicyError
+
+Fraction = Field(gt=0.0, lt=1.0)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Threshold(_Strict):
+    """The legacy gate: bare counts against a fixed line."""
+
+    min_occurrences: int = Field(ge=1)
+    min_success_rate: float = Fraction
+
+
+class StageGate(_Strict):
+    """The sequential test of one stage. `floor` and `alpha` are fractions."""
+
+    floor: float = Fraction
+    alpha: float = Fraction
+
+
+class Evidence(_Strict):
+    """Which episodes count: the first so many of a host and of a site, by event time."""
+
+    episodes_per_host: int = Field(default=3, ge=1)
+    episodes_per_site: int = Field(default=10, ge=1)
+
+
+class Admission(_Strict):
+    """What a candidate must show before any statistic. Shares are fractions."""
+
+    max_excluded_share: float = Field(default=0.20, ge=0.0, le=1.0)
+    min_selection_share: float = Field(default=0.90, ge=0.0, le=1.0)
+    min_capable_share: float = Field(default=0.95, ge=0.0, le=1.0)
+    min_matched_incidents: int = Field(default=1, ge=1)
+    healthy_rule_rate: float = Field(default=0.80, ge=0.0, le=1.0)
+
+
+class Quorum(_Strict):
+    """How widely the evidence must be spread, from the ring on."""
+
+    min_sites: int = Field(default=5, ge=1)
+    min_episodes_per_site: int = Field(default=3, ge=1)
+    min_hosts: int = Field(default=10, ge=1)
+    leave_one_site_out: bool = True
+
+
+class Shadow(_Strict):
+    """How long would-fires are recorded: so many, or so many days."""
+
+    min_would_fires: int = Field(default=50, ge=0)
+    min_days: float = Field(default=14, ge=0)
+
+
+class Expiry(_Strict):
+    """When the inconclusive is parked: after so many days, or so many rated episodes."""
+
+    days: float = Field(default=60, gt=0)
+    episodes: int = Field(default=1000, ge=1)
+
+
+class Limits(_Strict):
+    """How much one run may promote."""
+
+    promotions_per_run: int = Field(default=5, ge=1)
+
+
+class Approval(_Strict):
+    """Whose name a promotion needs."""
+
+    required_always: bool = False
+    required_for_disruptive: bool = True
+    min_active_sites_without: int = Field(default=10, ge=0)
+    high_risk_categories: tuple[str, ...] = ("disk", "reboot", "credentials", "network")
+
+
+class Demotion(_Strict):
+    """When a rule in service fails. `floor` and `alpha`: the reject e-value on its episodes."""
+
+    failing_rule: Literal["warn", "quarantine"] = "quarantine"
+    floor: float = Fraction
+    alpha: float = Fraction
+    warn_below: float = Field(default=0.5, ge=0.0, le=1.0)
+    min_matches: int = Field(default=20, ge=1)
+    spare_builtin: bool = True
+
+
+class Override(_Strict):
+    """Stricter stage gates for incident types that match a shell pattern, e.g. `bitlocker*`."""
+
+    incident_type: str = Field(min_length=1)
+    stages: dict[Literal["canary", "ring", "fleet"], StageGate]
+
+
+class Policy(_Strict):
+    """One promotion policy. `threshold` policies look at bare counts, `sequential` ones at the e-value by stage."""
+
+    name: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    description: str = Field(min_length=1)
+    kind: Literal["threshold", "sequential"]
+    threshold: Threshold | None = None
+    stages: dict[Literal["canary", "ring", "fleet"], StageGate] = Field(default_factory=dict)
+    high_risk: StageGate | None = None
+    evidence: Evidence = Evidence()
+    admission: Admission = Admission()
+    quorum: Quorum = Quorum()
+    shadow: Shadow = Shadow()
+    expiry: Expiry = Expiry()
+    limits: Limits = Limits()
+    approval: Approval = Approval()
+    demotion: Demotion
+    overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Policy:
+        if self.kind == "threshold" and self.threshold is None:
+            raise ValueError("a threshold policy needs `threshold`")
+        if self.kind == "sequential" and set(self.stages) != {"canary", "ring", "fleet"}:
+            raise ValueError("a sequential policy needs the stages canary, ring and fleet")
+        if self.kind == "sequential" and self.threshold is not None:
+            raise ValueError("a sequential policy reads no `threshold`")
+        return self
+
+    @cached_property
+    def policy_hash(self) -> str:
+        """sha256 of the policy as canonical JSON: any changed value is another policy."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json")).encode()).hexdigest()
+
+    def stage_gate(self, stage: str, incident_type: str, *, high_risk: bool = False) -> StageGate:
+        """Return floor and alpha for entering `stage`: of the stage, its override, and the high-risk class the strictest.
+
+        Raises:
+            PolicyError: the policy has no such stage.
+        """
+        gates = [gate for name, gate in self.stages.items() if name == stage]
+        if not gates:
+            raise PolicyError(f"Policy {self.name} has no stage {stage}.")
+        for override in self.overrides:
+            if fnmatch.fnmatchcase(incident_type, override.incident_type):
+                gates += [gate for name, gate in override.stages.items() if name == stage]
+        if high_risk and self.high_risk is not None and stage != "canary":
+            gates.append(self.high_risk)
+        return StageGate(floor=max(g.floor for g in gates), alpha=min(g.alpha for g in gates))
+
+    def success_floor(self, incident_type: str, stage: str) -> tuple[float, int]:
+        """Return (floor, least executions) that a promotion out of `stage` must show in a recount from the log."""
+        if self.threshold is not None:
+            return self.threshold.min_success_rate, self.threshold.min_occurrences
+        entering = {"shadow": "canary", "canary": "ring", "ring": "fleet"}.get(stage)
+        if entering is None:
+            return 0.0, 0
+        return self.stage_gate(entering, incident_type).floor, 1
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: one text for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def policy_names() -> list[str]:
+    """Return the names of the policies that the package carries."""
+    folder = files("flywheel_pipeline.promotion") / "policies"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+@lru_cache(maxsize=16)
+def load_policy(name: str) -> Policy:
+    """Read the policy of this name.
+
+    Raises:
+        PolicyError: there is none, or its file holds an unknown key or a value out of range.
+    """
+    if name not in policy_names():
+        raise PolicyError(f"There is no policy {name}.", hint="The policies are: " + ", ".join(policy_names()) + ".")
+    return parse_policy((files("flywheel_pipeline.promotion") / "policies" / f"{name}.yaml").read_text("utf-8"), name)
+
+
+def parse_policy(text: str, name: str) -> Policy:
+    """Parse a policy from YAML text and hold it against the declaration.
+
+    Raises:
+        PolicyError: not YAML, an unknown key, a missing one, or a value out of range; the message names it.
+    """
+    try:
+        policy = Policy.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise PolicyError(f"Policy {name} is not valid YAML: {error}.") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the policy"
+        raise PolicyError(f"Policy {name}: {where}: {first['msg']}.", hint="Correct the file; nothing was decided.") from error
+    if policy.name != name:
+        raise PolicyError(f"Policy file {name}.yaml names itself {policy.name}.")
+    return policy
