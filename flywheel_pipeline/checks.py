@@ -69,9 +69,7 @@ def check_step(name: str, checks: list[Check]) -> dg.AssetChecksDefinition:
         ],
         can_subset=False,
     )
-    def step(
-        context: dg.AssetCheckExecutionContext, database: FlywheelDatabase
-    ) -> Iterator[dg.AssetCheckResult]:
+    def step(context: dg.AssetCheckExecutionContext, database: FlywheelDatabase) -> Iterator[dg.AssetCheckResult]:
         engine = database.engine
         with engine.begin() as connection:
             batch = open_batch(connection, context.run.run_id)

@@ -34,12 +34,16 @@ def read_status(connection: sa.Connection, *, top: int = 5) -> dict[str, Any]:
         "FROM l1_rules WHERE {where} AND match_count > 0 ORDER BY match_count DESC, rule_id LIMIT {limit}"
     )
     activation = policy_in_force(connection)
-    batch = connection.execute(
-        sa.text(
-            "SELECT batch_id, run_id, refreshed_at, policy_name, policy_hash FROM refresh_batches "
-            "WHERE refreshed_at IS NOT NULL ORDER BY refresh_seq DESC LIMIT 1"
+    batch = (
+        connection.execute(
+            sa.text(
+                "SELECT batch_id, run_id, refreshed_at, policy_name, policy_hash FROM refresh_batches "
+                "WHERE refreshed_at IS NOT NULL ORDER BY refresh_seq DESC LIMIT 1"
+            )
         )
-    ).mappings().one_or_none()
+        .mappings()
+        .one_or_none()
+    )
     return {
         "telemetry": _one(
             connection,

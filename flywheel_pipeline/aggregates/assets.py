@@ -84,9 +84,7 @@ def build_backfill_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         kinds={"postgres"},
         deps=["execution_telemetry"],
     )
-    def day_backfill(
-        context: dg.AssetExecutionContext, database: FlywheelDatabase
-    ) -> dg.MaterializeResult[None]:
+    def day_backfill(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
         day = dt.date.fromisoformat(context.partition_key)
         with database.engine.begin() as connection:
             touched = touch(connection, from_day=day, to_day=day)
@@ -101,5 +99,3 @@ def build_backfill_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         )
 
     return day_backfill
-
-

@@ -67,8 +67,7 @@ def activate_policy(
         return False
     connection.execute(
         sa.text(
-            "INSERT INTO policy_activations (policy_name, as_of, actor, reason) "
-            "VALUES (:name, :as_of, :actor, :reason)"
+            "INSERT INTO policy_activations (policy_name, as_of, actor, reason) VALUES (:name, :as_of, :actor, :reason)"
         ),
         {"name": name, "as_of": as_of, "actor": actor, "reason": reason},
     )
@@ -91,9 +90,7 @@ def open_batch(connection: sa.Connection, run_id: str) -> Batch:
             "as_of": activation.as_of,
         },
     )
-    row = connection.execute(
-        sa.text("SELECT * FROM refresh_batches WHERE run_id = :run_id"), {"run_id": run_id}
-    ).one()
+    row = connection.execute(sa.text("SELECT * FROM refresh_batches WHERE run_id = :run_id"), {"run_id": run_id}).one()
     return Batch(
         batch_id=row.batch_id,
         run_id=row.run_id,

@@ -279,9 +279,7 @@ def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, in
                 {"day": day, "rows": rows, "actor": actor},
             )
         connection.execute(
-            sa.text(
-                "DELETE FROM execution_telemetry WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC'"
-            ),
+            sa.text("DELETE FROM execution_telemetry WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC'"),
             {"before": before},
         )
     return days

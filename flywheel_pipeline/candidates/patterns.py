@@ -35,9 +35,7 @@ def write_observed(connection: sa.Connection) -> dict[str, int]:
     ).all()
     known: dict[str, str] = {
         row.pattern_key: row.source
-        for row in connection.execute(
-            sa.text("SELECT pattern_key, source FROM patterns WHERE pattern_key IS NOT NULL")
-        )
+        for row in connection.execute(sa.text("SELECT pattern_key, source FROM patterns WHERE pattern_key IS NOT NULL"))
     }
     new = [
         {
@@ -79,9 +77,7 @@ def import_patterns(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]
 
     A row whose key another pattern holds already keeps a null key: it can never be promoted by mistake.
     """
-    taken = set(
-        connection.execute(sa.text("SELECT pattern_key FROM patterns WHERE pattern_key IS NOT NULL")).scalars()
-    )
+    taken = set(connection.execute(sa.text("SELECT pattern_key FROM patterns WHERE pattern_key IS NOT NULL")).scalars())
     values = []
     known = set(connection.execute(sa.text("SELECT pattern_id FROM patterns")).scalars())
     for row in rows:

@@ -14,7 +14,9 @@ REASON = typer.Option(..., "--reason", help="Why; auditors read it.")
 JSON = typer.Option(False, "--json", help="Print one JSON document.")
 
 
-def _do(what: str, subjects: list[str], actor: str, reason: str, json: bool, change: dict[str, Any] | None = None) -> None:
+def _do(
+    what: str, subjects: list[str], actor: str, reason: str, json: bool, change: dict[str, Any] | None = None
+) -> None:
     from flywheel_pipeline.promotion.acts import Act, act
 
     reports = act(open_database(), cast(Act, what), subjects, actor=actor, reason=reason, change=change)
@@ -71,5 +73,3 @@ def register(app: typer.Typer) -> None:
         if platform:
             change["platform"] = platform
         _do("readmit", [rule_id], actor, reason, json, change)
-
-

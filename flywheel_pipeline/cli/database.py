@@ -74,7 +74,9 @@ def stop() -> None:
 
 @app.command()
 def purge(
-    before: dt.datetime = typer.Argument(..., formats=["%Y-%m-%d"], help="Delete telemetry of days before this one (UTC)."),
+    before: dt.datetime = typer.Argument(
+        ..., formats=["%Y-%m-%d"], help="Delete telemetry of days before this one (UTC)."
+    ),
     actor: str = typer.Option(..., "--actor", help="Who decides this."),
     yes: bool = typer.Option(False, "--yes", help="Do not ask."),
 ) -> None:

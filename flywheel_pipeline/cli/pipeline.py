@@ -128,10 +128,18 @@ def status(json: bool = JSON) -> None:
         print_json(found)
         return
     t, p, r = found["telemetry"], found["patterns"], found["rules"]
-    out.print(f"Telemetry   {t['rows']:,} rows: {t['l1']:,} L1, {t['not_l1']:,} other; {t['successful']:,} reported successful")
-    out.print(f"            {t['unresolved']:,} unresolved, {t['open_rejects']:,} rejects open, {t['waiting_cells']:,} site-days wait")
-    out.print(f"Patterns    {p['total']}: {p['promoted']} promoted, {p['pending']} pending, {p['approved']} approved, {p['rejected']} rejected")
-    out.print(f"Rules       {r['promoted']} promoted: {r['enabled']} enabled, {r['quarantined']} quarantined; {r['builtin']} built-in")
+    out.print(
+        f"Telemetry   {t['rows']:,} rows: {t['l1']:,} L1, {t['not_l1']:,} other; {t['successful']:,} reported successful"
+    )
+    out.print(
+        f"            {t['unresolved']:,} unresolved, {t['open_rejects']:,} rejects open, {t['waiting_cells']:,} site-days wait"
+    )
+    out.print(
+        f"Patterns    {p['total']}: {p['promoted']} promoted, {p['pending']} pending, {p['approved']} approved, {p['rejected']} rejected"
+    )
+    out.print(
+        f"Rules       {r['promoted']} promoted: {r['enabled']} enabled, {r['quarantined']} quarantined; {r['builtin']} built-in"
+    )
     policy = found["policy"]
     out.print(f"Policy      {policy['name']}" + (f", clock of {policy['as_of']}" if policy["as_of"] else ""))
     _print_rules(found)
@@ -167,7 +175,9 @@ def _print_reasons(found: dict[str, Any]) -> None:
 @simulate.command("replay-2026-02-15")
 def replay_day(
     json: bool = JSON,
-    directory: Path | None = typer.Option(None, "--directory", help="Where the NDJSON files go; default FLYWHEEL_HOME/replay."),
+    directory: Path | None = typer.Option(
+        None, "--directory", help="Where the NDJSON files go; default FLYWHEEL_HOME/replay."
+    ),
 ) -> None:
     """Play the day of 2026-02-15 through the whole graph and hold it against the golden table. Exit 1 if a figure is off."""
     from flywheel_pipeline.database.migrate import upgrade

@@ -45,24 +45,43 @@ def explain(
         for line in found["gates"]:
             out.print(f"  {MARKS[line['verdict']]} {line['gate']:24} {escape(line['sentence'])}", soft_wrap=True)
             if line["verdict"] != "pass":
-                out.print(f"      observed {escape(line['observed'])}; required {escape(line['required'])}", style="dim", soft_wrap=True)
+                out.print(
+                    f"      observed {escape(line['observed'])}; required {escape(line['required'])}",
+                    style="dim",
+                    soft_wrap=True,
+                )
     if found["ladder"]:
         out.print()
         print_table(
             "Ladder of the sequential test",
             found["ladder"],
-            {"stage": "stage", "floor": "floor", "alpha": "alpha", "verdict": "verdict", "more_clean": "clean episodes still needed"},
+            {
+                "stage": "stage",
+                "floor": "floor",
+                "alpha": "alpha",
+                "verdict": "verdict",
+                "more_clean": "clean episodes still needed",
+            },
         )
     if found["events"]:
         out.print()
         print_table(
             "Ledger",
             found["events"],
-            {"at": "when", "kind": "step", "to_state": "state", "rule_version": "version", "actor": "by", "reason": "because"},
+            {
+                "at": "when",
+                "kind": "step",
+                "to_state": "state",
+                "rule_version": "version",
+                "actor": "by",
+                "reason": "because",
+            },
         )
     if found["failures"]:
         out.print()
-        print_table("Why it fails", found["failures"], {"count": "executions", "outcome_class": "class", "template": "error"})
+        print_table(
+            "Why it fails", found["failures"], {"count": "executions", "outcome_class": "class", "template": "error"}
+        )
 
 
 def gate(
@@ -94,7 +113,11 @@ def gate(
         )
         if found["verdict"] != "promote":
             more = found["needed_clean"]
-            out.print("No number of clean episodes within reach promotes." if more is None else f"{more} more clean episodes in a row would promote.")
+            out.print(
+                "No number of clean episodes within reach promotes."
+                if more is None
+                else f"{more} more clean episodes in a row would promote."
+            )
 
 
 @certificate.command("export")
@@ -167,7 +190,11 @@ def list_policies(json: bool = JSON) -> None:
     else:
         for row in rows:
             row["mark"] = "in force" if row["in_force"] else ""
-        print_table("Policies", rows, {"name": "name", "version": "version", "hash": "hash", "mark": "", "description": "description"})
+        print_table(
+            "Policies",
+            rows,
+            {"name": "name", "version": "version", "hash": "hash", "mark": "", "description": "description"},
+        )
 
 
 @policy.command("activate")

@@ -13,7 +13,9 @@ from flywheel_pipeline.cli.terminal import err, open_database, out, print_json, 
 from flywheel_pipeline.errors import RowsRejected, UsageError
 
 rejects = typer.Typer(help="Rows that were refused: raw payload, line and reason.", no_args_is_help=True)
-aliases = typer.Typer(help="Names of rules and sites that changed: old rows are read anew, never rewritten.", no_args_is_help=True)
+aliases = typer.Typer(
+    help="Names of rules and sites that changed: old rows are read anew, never rewritten.", no_args_is_help=True
+)
 JSON = typer.Option(False, "--json", help="Print one JSON document.")
 
 
@@ -116,7 +118,14 @@ def list_(
         print_table(
             f"{len(documents)} {status} rejects",
             documents,
-            {"id": "id", "source": "source", "line_number": "line", "reason_code": "code", "reason": "reason", "times_seen": "seen"},
+            {
+                "id": "id",
+                "source": "source",
+                "line_number": "line",
+                "reason_code": "code",
+                "reason": "reason",
+                "times_seen": "seen",
+            },
         )
 
 
@@ -152,12 +161,28 @@ def _stamp(value: dt.datetime | None) -> dt.datetime | None:
     return value.replace(tzinfo=dt.UTC) if value else None
 
 
-def _add(kind: str, alias: str, name: str, valid_from: dt.datetime | None, valid_to: dt.datetime | None, actor: str, reason: str) -> None:
+def _add(
+    kind: str,
+    alias: str,
+    name: str,
+    valid_from: dt.datetime | None,
+    valid_to: dt.datetime | None,
+    actor: str,
+    reason: str,
+) -> None:
     from flywheel_pipeline.telemetry import aliases as store
 
     add = store.add_rule_alias if kind == "rule" else store.add_site_alias
     with open_database().begin() as connection:
-        add(connection, alias, name, valid_from=_stamp(valid_from), valid_to=_stamp(valid_to), actor=actor, reason=reason)
+        add(
+            connection,
+            alias,
+            name,
+            valid_from=_stamp(valid_from),
+            valid_to=_stamp(valid_to),
+            actor=actor,
+            reason=reason,
+        )
     out.print(f"{kind} {alias} reads as {name} from the next refresh on; its old rows are re-attributed.")
     err.print("`flywheel run` refreshes now.", style="dim")
 
@@ -169,8 +194,12 @@ _FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 def add_rule(
     alias: str = typer.Argument(..., help="The id that telemetry names."),
     rule_id: str = typer.Argument(..., help="The rule it stands for."),
-    valid_from: dt.datetime | None = typer.Option(None, "--from", formats=_FORMATS, help="Event time, UTC; default: always."),
-    valid_to: dt.datetime | None = typer.Option(None, "--to", formats=_FORMATS, help="Event time, UTC; default: for ever."),
+    valid_from: dt.datetime | None = typer.Option(
+        None, "--from", formats=_FORMATS, help="Event time, UTC; default: always."
+    ),
+    valid_to: dt.datetime | None = typer.Option(
+        None, "--to", formats=_FORMATS, help="Event time, UTC; default: for ever."
+    ),
     actor: str = typer.Option(..., "--actor", help="Who decides this."),
     reason: str = typer.Option(..., "--reason", help="Why."),
 ) -> None:
@@ -182,8 +211,12 @@ def add_rule(
 def add_site(
     alias: str = typer.Argument(..., help="The name that telemetry carries."),
     site_id: str = typer.Argument(..., help="The site's name of today."),
-    valid_from: dt.datetime | None = typer.Option(None, "--from", formats=_FORMATS, help="Event time, UTC; default: always."),
-    valid_to: dt.datetime | None = typer.Option(None, "--to", formats=_FORMATS, help="Event time, UTC; default: for ever."),
+    valid_from: dt.datetime | None = typer.Option(
+        None, "--from", formats=_FORMATS, help="Event time, UTC; default: always."
+    ),
+    valid_to: dt.datetime | None = typer.Option(
+        None, "--to", formats=_FORMATS, help="Event time, UTC; default: for ever."
+    ),
     actor: str = typer.Option(..., "--actor", help="Who decides this."),
     reason: str = typer.Option(..., "--reason", help="Why."),
 ) -> None:
@@ -213,5 +246,13 @@ def list_aliases(json: bool = JSON) -> None:
         print_table(
             f"{len(rows)} aliases",
             rows,
-            {"kind": "kind", "alias": "alias", "stands_for": "stands for", "valid_from": "from", "valid_to": "to", "actor": "by", "reason": "because"},
+            {
+                "kind": "kind",
+                "alias": "alias",
+                "stands_for": "stands for",
+                "valid_from": "from",
+                "valid_to": "to",
+                "actor": "by",
+                "reason": "because",
+            },
         )

@@ -82,9 +82,7 @@ execution_telemetry = sa.Table(
     sa.Column("output_tokens", sa.Integer),
     sa.Column("pattern_signature", sa.String(255)),
     sa.Column("reasoning", Text),
-    sa.Column(
-        "chaos_campaign_id", sa.String(255), comment="set: a chaos or synthetic row; it counts nowhere"
-    ),
+    sa.Column("chaos_campaign_id", sa.String(255), comment="set: a chaos or synthetic row; it counts nowhere"),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW, comment="arrival time"),
     sa.Column("reported_at", Stamp, comment="the agent's clock when it sent this version of the row"),
     sa.Column(
@@ -134,12 +132,8 @@ patterns = sa.Table(
     sa.Column("last_seen", Stamp),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("platform", sa.String(50)),
-    sa.Column(
-        "pattern_key", sa.String(1024), unique=True, comment="candidates.keys.pattern_key; null: unknown"
-    ),
-    sa.Column(
-        "source", sa.String(50), nullable=False, server_default="imported", comment="imported | observed"
-    ),
+    sa.Column("pattern_key", sa.String(1024), unique=True, comment="candidates.keys.pattern_key; null: unknown"),
+    sa.Column("source", sa.String(50), nullable=False, server_default="imported", comment="imported | observed"),
     sa.CheckConstraint("status IN ('pending', 'approved', 'promoted', 'rejected')", name="status"),
 )
 
@@ -152,9 +146,7 @@ l1_rules = sa.Table(
     sa.Column("runbook_id", sa.String(255)),
     sa.Column("confidence", sa.Double),
     sa.Column("promoted_from_l2", sa.Boolean, nullable=False, server_default=sa.false()),
-    sa.Column(
-        "enabled", sa.Boolean, nullable=False, server_default=sa.false(), comment="fold of rule_events"
-    ),
+    sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.false(), comment="fold of rule_events"),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("match_count", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("success_count", sa.BigInteger, nullable=False, server_default="0"),
@@ -162,14 +154,10 @@ l1_rules = sa.Table(
     sa.Column(
         "success_rate",
         sa.Double,
-        sa.Computed(
-            "CASE WHEN match_count > 0 THEN success_count::double precision / match_count END", persisted=True
-        ),
+        sa.Computed("CASE WHEN match_count > 0 THEN success_count::double precision / match_count END", persisted=True),
         comment="fraction; null over nothing",
     ),
-    sa.Column(
-        "source", sa.String(50), nullable=False, server_default="promoted", comment="builtin | promoted"
-    ),
+    sa.Column("source", sa.String(50), nullable=False, server_default="promoted", comment="builtin | promoted"),
     sa.Column("updated_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("platform", sa.String(50)),
     sa.Column("pattern_key", sa.String(1024), comment="the pattern this rule was promoted from, where known"),
@@ -272,12 +260,8 @@ appliances = sa.Table(
     sa.Column("site_id", sa.String(255), nullable=False),
     sa.Column("agent_version", sa.String(50)),
     sa.Column("last_checkin", Stamp),
-    sa.Column(
-        "status", sa.String(50), nullable=False, server_default="online", comment="online | offline | retired"
-    ),
-    sa.Column(
-        "capabilities", pg.JSONB, comment="action forms the agent reports; null: decided by its version"
-    ),
+    sa.Column("status", sa.String(50), nullable=False, server_default="online", comment="online | offline | retired"),
+    sa.Column("capabilities", pg.JSONB, comment="action forms the agent reports; null: decided by its version"),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
     sa.Index("appliances_site_id_idx", "site_id"),
 )
@@ -308,9 +292,7 @@ telemetry_rejects = sa.Table(
     sa.Column("payload_bytes", sa.BigInteger, nullable=False, comment="length before any cut"),
     sa.Column("payload_hash", sa.String(64), nullable=False),
     sa.Column("times_seen", sa.Integer, nullable=False, server_default="1"),
-    sa.Column(
-        "status", sa.String(20), nullable=False, server_default="open", comment="open | accepted | discarded"
-    ),
+    sa.Column("status", sa.String(20), nullable=False, server_default="open", comment="open | accepted | discarded"),
     sa.Column("retried_at", Stamp),
     sa.Column("execution_id", sa.String(255), comment="the row it became, once accepted"),
     sa.UniqueConstraint("source", "line_number", "payload_hash", postgresql_nulls_not_distinct=True),
@@ -368,9 +350,7 @@ outcome_class_rules = sa.Table(
     metadata,
     sa.Column("rule_name", sa.String(100), primary_key=True),
     sa.Column("outcome_class", sa.String(30), nullable=False),
-    sa.Column(
-        "field", sa.String(30), nullable=False, comment="the telemetry column the pattern is held against"
-    ),
+    sa.Column("field", sa.String(30), nullable=False, comment="the telemetry column the pattern is held against"),
     sa.Column("pattern", Text, nullable=False, comment="an ILIKE pattern"),
     sa.Column("description", Text, nullable=False),
     sa.Column("enabled", sa.Boolean, nullable=False, server_default=sa.true()),
@@ -398,9 +378,7 @@ refresh_batches = sa.Table(
     "refresh_batches",
     metadata,
     sa.Column("batch_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
-    sa.Column(
-        "run_id", sa.String(255), nullable=False, unique=True, comment="Dagster run id: one batch a run"
-    ),
+    sa.Column("run_id", sa.String(255), nullable=False, unique=True, comment="Dagster run id: one batch a run"),
     sa.Column("opened_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("policy_name", sa.String(100), nullable=False),
     sa.Column("policy_hash", sa.String(64), nullable=False),
@@ -462,13 +440,9 @@ promotion_decisions = sa.Table(
     sa.Column("subject_id", sa.String(1024), nullable=False, comment="pattern_key or rule_id"),
     sa.Column("policy_name", sa.String(100), nullable=False),
     sa.Column("policy_hash", sa.String(64), nullable=False),
-    sa.Column(
-        "verdict", sa.String(30), nullable=False, comment="promote | hold | reject | keep | warn | quarantine"
-    ),
+    sa.Column("verdict", sa.String(30), nullable=False, comment="promote | hold | reject | keep | warn | quarantine"),
     sa.Column("reason", Text, nullable=False, comment="one sentence: the deciding gate"),
-    sa.Column(
-        "gates", pg.JSONB, nullable=False, comment="[{gate, verdict, observed, required, sentence}] in order"
-    ),
+    sa.Column("gates", pg.JSONB, nullable=False, comment="[{gate, verdict, observed, required, sentence}] in order"),
     sa.Column("evidence", pg.JSONB, nullable=False),
     sa.Column(
         "decision_hash",
@@ -497,9 +471,7 @@ human_acts = sa.Table(
     sa.Column("actor", sa.String(255), nullable=False),
     sa.Column("reason", Text, nullable=False),
     sa.Column("acted_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
-    sa.CheckConstraint(
-        "act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')", name="act"
-    ),
+    sa.CheckConstraint("act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')", name="act"),
     sa.CheckConstraint("btrim(actor) <> '' AND btrim(reason) <> ''", name="signed"),
     sa.CheckConstraint("(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name="subject"),
     comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen.",
@@ -524,9 +496,7 @@ rule_events = sa.Table(
     sa.Column("kind", sa.String(30), nullable=False),
     sa.Column("from_state", sa.String(20), nullable=False),
     sa.Column("to_state", sa.String(20), nullable=False),
-    sa.Column(
-        "definition", pg.JSONB, nullable=False, comment="incident_pattern, runbook_id, platform, source, …"
-    ),
+    sa.Column("definition", pg.JSONB, nullable=False, comment="incident_pattern, runbook_id, platform, source, …"),
     sa.Column("content_hash", sa.String(64), nullable=False),
     sa.Column("actor", sa.String(255), nullable=False),
     sa.Column("reason", Text, nullable=False),

@@ -50,9 +50,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         ],
         can_subset=False,
     )
-    def deliver(
-        context: dg.AssetExecutionContext, database: FlywheelDatabase
-    ) -> Iterator[dg.MaterializeResult[None]]:
+    def deliver(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iterator[dg.MaterializeResult[None]]:
         with database.engine.begin() as connection:
             batch = open_batch(connection, context.run.run_id)
             manifests = write_manifests(connection, batch.batch_id)

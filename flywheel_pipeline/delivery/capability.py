@@ -131,9 +131,7 @@ def supports(agent_version: str | None, action: str, capabilities: Any = None) -
             False, f"agent version {agent_version or 'unknown'} cannot be read, so nothing is known of it"
         )
     if version < FIRST_VERSION[form]:
-        return Capability(
-            False, f"agent {version} is older than {FIRST_VERSION[form]}, the first with {form}"
-        )
+        return Capability(False, f"agent {version} is older than {FIRST_VERSION[form]}, the first with {form}")
     return Capability(True, f"{form} came with {FIRST_VERSION[form]}", action)
 
 
@@ -148,9 +146,7 @@ def action_for(runbook_id: str, platform: str) -> str:
     return f"{FORM_BY_PLATFORM[platform]}:{runbook_id}"
 
 
-def served_action(
-    runbook_id: str, platform: str, agent_version: str | None, capabilities: Any = None
-) -> Capability:
+def served_action(runbook_id: str, platform: str, agent_version: str | None, capabilities: Any = None) -> Capability:
     """The form in which this agent gets a runbook: the platform's own, else the older `run_runbook:`.
 
     Returns:

@@ -125,9 +125,7 @@ def normalise_conditions(incident_pattern: Any, platform: str) -> list[dict[str,
     conditions: list[dict[str, Any]] = []
     for part in incident_pattern if isinstance(incident_pattern, list) else [incident_pattern]:
         if not isinstance(part, Mapping):
-            raise UnservableRule(
-                f"{part!r} is no match condition.", hint="It is an object, or a list of objects."
-            )
+            raise UnservableRule(f"{part!r} is no match condition.", hint="It is an object, or a list of objects.")
         if "field" in part:
             conditions.append(_explicit_condition(part))
         else:
@@ -163,9 +161,7 @@ def _narrows(condition: Mapping[str, Any]) -> bool:
     return bool(values) and all(isinstance(v, str) and v.strip() for v in values)
 
 
-def runbook_problem(
-    runbook_id: str | None, platform: str | None, catalogue: Mapping[str, RunbookRow]
-) -> str | None:
+def runbook_problem(runbook_id: str | None, platform: str | None, catalogue: Mapping[str, RunbookRow]) -> str | None:
     """Why this runbook cannot be served to that platform; None where it can.
 
     Twin of the database's `flywheel_runbook_problem`, word for word.
@@ -222,9 +218,7 @@ def cohort(rule_id: str, rule_version: int, state: str, sites: Iterable[str]) ->
     everywhere = sorted(set(sites))
     if share == 0.0 or not everywhere:
         return frozenset()
-    ranked = sorted(
-        everywhere, key=lambda s: hashlib.sha256(f"{rule_id}\0{rule_version}\0{s}".encode()).digest()
-    )
+    ranked = sorted(everywhere, key=lambda s: hashlib.sha256(f"{rule_id}\0{rule_version}\0{s}".encode()).digest())
     return frozenset(ranked[: max(1, int(len(ranked) * share))])
 
 

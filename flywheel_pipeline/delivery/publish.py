@@ -130,9 +130,7 @@ def clock_of(conn: sa.Connection, batch_id: int) -> datetime:
         {"batch": batch_id},
     ).scalar_one_or_none()
     if clock is None:
-        raise UsageError(
-            f"There is no batch {batch_id}.", hint="Open one by running the whole graph: flywheel run."
-        )
+        raise UsageError(f"There is no batch {batch_id}.", hint="Open one by running the whole graph: flywheel run.")
     return clock  # type: ignore[no-any-return]
 
 
@@ -179,9 +177,7 @@ def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
 def load_catalogue(conn: sa.Connection) -> dict[str, RunbookRow]:
     """The runbook catalogue, by runbook id."""
     c = t.runbooks.c
-    rows = conn.execute(
-        sa.select(c.runbook_id, c.name, c.platform, c.severity, c.enabled).order_by(c.runbook_id)
-    )
+    rows = conn.execute(sa.select(c.runbook_id, c.name, c.platform, c.severity, c.enabled).order_by(c.runbook_id))
     return {row["runbook_id"]: RunbookRow(**row) for row in rows.mappings()}
 
 
@@ -257,9 +253,7 @@ def _share(manifests: Sequence[Manifest]) -> tuple[str, str]:
         withheld = texts.setdefault(id(m.withheld), canonical_json(m.withheld))
         number = numbers.setdefault((m.manifest_hash, withheld), len(numbers))
         if number == len(contents):
-            contents.append(
-                {"no": number, "manifest_hash": m.manifest_hash, "rules": m.rules, "withheld": m.withheld}
-            )
+            contents.append({"no": number, "manifest_hash": m.manifest_hash, "rules": m.rules, "withheld": m.withheld})
         members.append({"no": number, "appliance_id": m.appliance_id, "site_id": m.site_id})
     return json.dumps(contents), json.dumps(members)
 

@@ -22,9 +22,7 @@ from flywheel_pipeline.sql_models.metadata import markdown_table
     owners=["team:data-platform"],
     kinds={"python", "postgres"},
 )
-def rule_quarantines(
-    context: dg.AssetExecutionContext, database: FlywheelDatabase
-) -> dg.MaterializeResult[None]:
+def rule_quarantines(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Decide for every rule in service whether it stays, and quarantine those that must not."""
     with database.engine.begin() as connection:
         batch = open_batch(connection, context.run.run_id)

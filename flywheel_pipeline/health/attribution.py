@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import io
+import ipaddress
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # The order in which a class is taken out of the rate (gate.md section 1): first the rows that say nothing
@@ -57,11 +58,25 @@ _VERBATIM = re.compile(
 
 _NAME = r"(?!<)(?=[\w.-]*\w)[\w.-]*\w(?::[0-9]{1,5})?"
 
+
+def _mask_ipv6(match: re.Match[str]) -> str:
+    """`<ip>` for what is an IPv6 address, dots and colons of the sentence around it kept; else what it was."""
+    address = match[1].rstrip(".")
+    for candidate in (address, address.removesuffix(":")):
+        try:
+            ipaddress.IPv6Address(candidate)
+        except ValueError:
+            continue
+        return "<ip>" + match[1][len(candidate) :]
+    return match[0]
+
+
 # In this order: the longer and more specific forms first.
-_MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
+_MASKS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s\"'<>]+", re.I), "<url>"),
     (re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\b"), "<account>"),
     (re.compile(r"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b", re.I), "<id>"),
+    (re.compile(r"(?<![\w:.])(?=[^:\s]*:[^:\s]*:)([0-9a-f:.]{3,45})(?:%\w+)?(?![\w:])", re.I), _mask_ipv6),
     (re.compile(r"\bS-1-[0-9]+(?:-[0-9]+)+\b"), "<account>"),
     (re.compile(r"\b(?:[0-9a-f]{2}[:-]){5}[0-9a-f]{2}\b", re.I), "<mac>"),
     (
@@ -74,12 +89,6 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (
         re.compile(r"(?<![\w.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?:/[0-9]{1,2})?(?::[0-9]{1,5})?(?!\w|\.\w)"),
-        "<ip>",
-    ),
-    (
-        re.compile(
-            r"(?<![\w:])(?=[0-9a-f:]*[0-9])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{0,4}(?:%\w+)?(?![\w:])", re.I
-        ),
         "<ip>",
     ),
     (re.compile(r"(?<!\w)(?:[a-z]:|\\)\\[^\s\"'<>|:]+", re.I), "<path>"),
@@ -266,9 +275,7 @@ def waterfall(counts: Mapping[str, tuple[int, int]]) -> list[WaterfallStep]:
             executions -= removed
             successes -= removed_successes
             rate = _rate(successes, executions)
-            steps.append(
-                WaterfallStep(outcome_class, removed, removed_successes, executions, successes, rate)
-            )
+            steps.append(WaterfallStep(outcome_class, removed, removed_successes, executions, successes, rate))
     return steps
 
 

@@ -21,9 +21,7 @@ from flywheel_pipeline.health.attribution import (
     waterfall,
 )
 
-BELOW = (
-    0.5  # fraction: a rule that heals fewer than half of what it matches does more harm than an escalation
-)
+BELOW = 0.5  # fraction: a rule that heals fewer than half of what it matches does more harm than an escalation
 AT_LEAST = 20  # executions: below that a rate says little (20 of 20 has a 95 % lower bound of 83 %)
 TOP_ERRORS = 5
 
@@ -57,9 +55,7 @@ class FailingRule:
     sentence: str
 
 
-def failing_rules(
-    conn: sa.Connection, *, below: float = BELOW, at_least: int = AT_LEAST
-) -> list[FailingRule]:
+def failing_rules(conn: sa.Connection, *, below: float = BELOW, at_least: int = AT_LEAST) -> list[FailingRule]:
     """The enabled rules, promoted and built-in, that succeed too seldom.
 
     Args:
@@ -161,11 +157,7 @@ def describe(
 ) -> str:
     """The sentence of an alert: the rates, the class of most failures with its top error, the advice."""
     text = f"{rule_id} succeeded in {successes:,} of {matches:,} executions ({percent(successes / matches)})"
-    text += (
-        f"; where it could, {percent(rated_rate)}."
-        if rated_rate is not None
-        else "; none of them could be rated."
-    )
+    text += f"; where it could, {percent(rated_rate)}." if rated_rate is not None else "; none of them could be rated."
     if not errors:
         return text
     by_class: dict[str, int] = defaultdict(int)

@@ -89,9 +89,7 @@ def _record(
     connection: sa.Connection, what: str, kind: str | None, subject: str | None, actor: str, reason: str
 ) -> None:
     connection.execute(
-        sa.insert(tables.human_acts).values(
-            act=what, subject_kind=kind, subject_id=subject, actor=actor, reason=reason
-        )
+        sa.insert(tables.human_acts).values(act=what, subject_kind=kind, subject_id=subject, actor=actor, reason=reason)
     )
 
 
@@ -104,7 +102,9 @@ def _on_pattern(connection: sa.Connection, what: str, subject: str, actor: str, 
         {"s": subject},
     ).one_or_none()
     if row is None or row.pattern_key is None:
-        raise FlywheelError(f"There is no pattern {subject} that could be promoted.", hint="`flywheel status` lists them.")
+        raise FlywheelError(
+            f"There is no pattern {subject} that could be promoted.", hint="`flywheel status` lists them."
+        )
     if row.status == "promoted":
         raise FlywheelError(f"Pattern {subject} is promoted.", hint="Quarantine or retire its rule instead.")
     _record(connection, what, "pattern", row.pattern_key, actor, reason)

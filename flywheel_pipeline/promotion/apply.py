@@ -63,7 +63,9 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
         why = "the batch did not pass its gates: " + ", ".join(f"{gate} {v}" for gate, v in unmet.items())
         return Applied((), tuple((row.subject_id, why) for row in rows))
     frozen = connection.execute(
-        sa.text("SELECT act, actor, reason FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1")
+        sa.text(
+            "SELECT act, actor, reason FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1"
+        )
     ).one_or_none()
     if frozen is not None and frozen.act == "freeze":
         why = f"promotion is frozen by {frozen.actor}: {frozen.reason}"

@@ -34,9 +34,7 @@ OWNER = ["team:data-platform"]
     owners=OWNER,
     kinds={"python", "postgres"},
 )
-def promotion_decisions(
-    context: dg.AssetExecutionContext, database: FlywheelDatabase
-) -> dg.MaterializeResult[None]:
+def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Decide every pattern that waits."""
     with database.engine.begin() as connection:
         batch = open_batch(connection, context.run.run_id)
@@ -86,9 +84,7 @@ def promotion_decisions(
     ],
     can_subset=False,
 )
-def apply(
-    context: dg.AssetExecutionContext, database: FlywheelDatabase
-) -> Iterator[dg.MaterializeResult[None]]:
+def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iterator[dg.MaterializeResult[None]]:
     """Append the events of this batch's promotions."""
     with database.engine.begin() as connection:
         batch = open_batch(connection, context.run.run_id)

@@ -23,7 +23,9 @@ def _current_batch(connection: sa.Connection) -> Batch:
     """Return the last refreshed batch, under the policy in force now: explaining opens no batch of its own."""
     activation = policy_in_force(connection)
     row = connection.execute(
-        sa.text("SELECT batch_id, run_id FROM refresh_batches WHERE refreshed_at IS NOT NULL ORDER BY refresh_seq DESC LIMIT 1")
+        sa.text(
+            "SELECT batch_id, run_id FROM refresh_batches WHERE refreshed_at IS NOT NULL ORDER BY refresh_seq DESC LIMIT 1"
+        )
     ).one_or_none()
     return Batch(
         batch_id=row.batch_id if row else 0,
@@ -69,15 +71,23 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
     with engine.connect() as connection:
         batch = _current_batch(connection)
         policy = load_policy(batch.policy_name)
-        rule = connection.execute(
-            sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject}
-        ).mappings().one_or_none()
+        rule = (
+            connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})
+            .mappings()
+            .one_or_none()
+        )
         if rule is not None:
             return _rule(connection, policy, dict(rule))
-        pattern = connection.execute(
-            sa.text("SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"),
-            {"s": subject},
-        ).mappings().one_or_none()
+        pattern = (
+            connection.execute(
+                sa.text(
+                    "SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"
+                ),
+                {"s": subject},
+            )
+            .mappings()
+            .one_or_none()
+        )
         if pattern is None:
             unresolved = connection.execute(
                 sa.text("SELECT executions FROM unresolved_rule_ids WHERE rule_id = :s"), {"s": subject}
@@ -143,7 +153,11 @@ def _said(decision: Decision) -> dict[str, Any]:
 def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> dict[str, Any]:
     evidence = load_rule_evidence(connection, [rule["rule_id"]])[0]
     decision = decide_rule(evidence, policy)
-    rate = "no matches yet" if not rule["match_count"] else f"{rule['success_count']:,} of {rule['match_count']:,} matches succeeded ({rule['success_rate']:.0%})"
+    rate = (
+        "no matches yet"
+        if not rule["match_count"]
+        else f"{rule['success_count']:,} of {rule['match_count']:,} matches succeeded ({rule['success_rate']:.0%})"
+    )
     if rule["state"] == "quarantined":
         summary = f"Quarantined by {rule['state_actor']}: {rule['state_reason']} {rate}."
     elif rule["enabled"]:
@@ -169,7 +183,9 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
 
 def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: dict[str, Any]) -> dict[str, Any]:
     key = pattern["pattern_key"]
-    history = f"{pattern['success_count']} of {pattern['occurrences']} were reported by the stream that knew successes only"
+    history = (
+        f"{pattern['success_count']} of {pattern['occurrences']} were reported by the stream that knew successes only"
+    )
     if key is None:
         return _document(
             policy,
@@ -188,7 +204,10 @@ def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: d
         summary = {
             "promote": "To be promoted by the next run.",
             "advance": f"To be advanced to {decision.target_state} by the next run.",
-        }.get(decision.verdict, f"{'Rejected by its evidence' if decision.verdict == 'reject' else decision.verdict.capitalize()}: {decision.reason}")
+        }.get(
+            decision.verdict,
+            f"{'Rejected by its evidence' if decision.verdict == 'reject' else decision.verdict.capitalize()}: {decision.reason}",
+        )
     if pattern["source"] == "imported":
         summary += f" ({history}.)"
     s, f = evidence.rated

@@ -167,9 +167,15 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
     if rate is None:
         verdict, sentence = "inconclusive", "No L2 execution of it is in the telemetry."
     elif rate >= floor:
-        verdict, sentence = "pass", f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}."
+        verdict, sentence = (
+            "pass",
+            f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}.",
+        )
     else:
-        verdict, sentence = "fail", f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}."
+        verdict, sentence = (
+            "fail",
+            f"{_rate(e.successes, e.occurrences)} executions succeeded; the floor is {floor:.0%}.",
+        )
     return [
         _executable(e.runbook_id, e.runbook_problem),
         _conditions(e),
@@ -183,7 +189,9 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
             if not enough
             else f"Seen {e.occurrences} times; {least} suffice.",
         ),
-        GateResult("success_rate", verdict, "none" if rate is None else f"{rate:.4f}", f"at least {floor:.2f}", sentence),
+        GateResult(
+            "success_rate", verdict, "none" if rate is None else f"{rate:.4f}", f"at least {floor:.2f}", sentence
+        ),
     ]
 
 
@@ -234,7 +242,9 @@ def _checks(e: PatternEvidence) -> GateResult:
 
 def _share(gate: str, share: float | None, need: float, sentence: str, *, at_most: bool = False) -> GateResult:
     if share is None:
-        return GateResult(gate, "inconclusive", "unknown", f"{'at most' if at_most else 'at least'} {need:.2f}", sentence)
+        return GateResult(
+            gate, "inconclusive", "unknown", f"{'at most' if at_most else 'at least'} {need:.2f}", sentence
+        )
     good = share <= need if at_most else share >= need
     return GateResult(
         gate,
@@ -289,7 +299,9 @@ def _approval(e: PatternEvidence, policy: Policy, target: str) -> GateResult | N
         if policy.approval.required_for_disruptive and _high_risk(e, policy):
             reasons.append("the runbook is of the high-risk class")
     if target == "fleet" and e.active_sites < policy.approval.min_active_sites_without:
-        reasons.append(f"only {e.active_sites} sites are active ({policy.approval.min_active_sites_without} needed without)")
+        reasons.append(
+            f"only {e.active_sites} sites are active ({policy.approval.min_active_sites_without} needed without)"
+        )
     if not reasons:
         return None
     given = bool(e.approvers)
@@ -323,7 +335,10 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
     against = evalue.log_e_reject(s, f, gate.floor)
     required = f"log E >= {need:.4f} (floor {gate.floor:.2f}, alpha {alpha:.5f})"
     if log_e >= need:
-        verdict, sentence = "pass", f"{_rate(s, s + f)} episodes held; beyond doubt above the floor of {gate.floor:.0%}."
+        verdict, sentence = (
+            "pass",
+            f"{_rate(s, s + f)} episodes held; beyond doubt above the floor of {gate.floor:.0%}.",
+        )
     elif against >= need:
         verdict, sentence = "fail", f"{_rate(s, s + f)} episodes held, the floor is {gate.floor:.0%}: rejected."
     else:
@@ -445,9 +460,7 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
     return _conclude("advance", target, gates, figures)
 
 
-def _conclude(
-    good: PatternVerdict, target: str, gates: list[GateResult], figures: Mapping[str, str]
-) -> Decision:
+def _conclude(good: PatternVerdict, target: str, gates: list[GateResult], figures: Mapping[str, str]) -> Decision:
     open_gates = [g for g in gates if g.verdict != "pass"]
     if not open_gates:
         return Decision(good, target, f"All {len(gates)} gates pass: {gates[-1].sentence}", tuple(gates), figures)
@@ -493,16 +506,17 @@ def decide_rule(evidence: RuleEvidence, policy: Policy) -> Decision:
             "fail" if refuted else "pass" if rated else "inconclusive",
             f"log E against = {against:.4f}",
             f"below {need:.4f} (floor {d.floor:.2f}, alpha {d.alpha:.2f})",
-            f"{_rate(evidence.rated_successes, rated)} episodes held" + (f"; the floor is {d.floor:.0%}." if rated else "."),
+            f"{_rate(evidence.rated_successes, rated)} episodes held"
+            + (f"; the floor is {d.floor:.0%}." if rated else "."),
         )
     )
     if gates[0].verdict == "fail":
-        return Decision("warn" if spared else "quarantine", None if spared else "quarantined", gates[0].sentence, tuple(gates))
+        return Decision(
+            "warn" if spared else "quarantine", None if spared else "quarantined", gates[0].sentence, tuple(gates)
+        )
     if refuted and d.failing_rule == "quarantine" and not spared:
         return Decision("quarantine", "quarantined", gates[2].sentence, tuple(gates))
     if low or refuted:
         failing = gates[1] if low else gates[2]
         return Decision("warn", None, failing.sentence, tuple(gates))
     return Decision("keep", None, gates[2].sentence if rated else gates[1].sentence, tuple(gates))
-
-

@@ -29,16 +29,12 @@ class Signed(dg.Config):
 def _human_job(name: str, description: str) -> dg.JobDefinition:
     @dg.op(name=f"{name}_act")
     def do(context: dg.OpExecutionContext, config: Signed, database: FlywheelDatabase) -> None:
-        reports = act(
-            database.engine, cast(Act, name), config.subjects, actor=config.actor, reason=config.reason
-        )
+        reports = act(database.engine, cast(Act, name), config.subjects, actor=config.actor, reason=config.reason)
         for report in reports:
             context.log.info(f"{report.subject}: {report.message}")
         refused = [report for report in reports if not report.done]
         if refused:
-            raise dg.Failure(
-                description="; ".join(f"{r.subject}: {r.message}" for r in refused), allow_retries=False
-            )
+            raise dg.Failure(description="; ".join(f"{r.subject}: {r.message}" for r in refused), allow_retries=False)
 
     @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor)
     def job() -> None:

@@ -209,7 +209,9 @@ def parse_policy(text: str, name: str) -> Policy:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the policy"
-        raise PolicyError(f"Policy {name}: {where}: {first['msg']}.", hint="Correct the file; nothing was decided.") from error
+        raise PolicyError(
+            f"Policy {name}: {where}: {first['msg']}.", hint="Correct the file; nothing was decided."
+        ) from error
     if policy.name != name:
         raise PolicyError(f"Policy file {name}.yaml names itself {policy.name}.")
     return policy

@@ -78,9 +78,7 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
     ).all()
     raw = {
         row.pattern_key: row
-        for row in connection.execute(
-            sa.text(_RAW_RECOUNT.format(to_promote=_TO_PROMOTE)), {"batch": batch.batch_id}
-        )
+        for row in connection.execute(sa.text(_RAW_RECOUNT.format(to_promote=_TO_PROMOTE)), {"batch": batch.batch_id})
     }
     offenders: list[dict[str, Any]] = []
     lowest: float | None = None
@@ -100,7 +98,14 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
             lowest = rate if lowest is None else min(lowest, rate)
         if rate is None or rate < floor or n < least:
             offenders.append(
-                {"pattern": row.subject_id, "executions": n, "successes": s, "rate": rate, "floor": floor, "least": least}
+                {
+                    "pattern": row.subject_id,
+                    "executions": n,
+                    "successes": s,
+                    "rate": rate,
+                    "floor": floor,
+                    "least": least,
+                }
             )
     return Finding(
         passed=not offenders,

@@ -84,7 +84,10 @@ def stage_morning(engine: sa.Engine, replay: Replay, directory: Path) -> Part:
             origin = keys.get(rule["rule_id"])
             rules.append({**rule, "pattern_key": origin.pattern_key if origin else None})
         imported = import_rules(
-            connection, rules, actor=ACTOR, reason="as the old system left it: a migration had re-enabled every promoted rule"
+            connection,
+            rules,
+            actor=ACTOR,
+            reason="as the old system left it: a migration had re-enabled every promoted rule",
         )
     return _stage(engine, "morning", replay.morning_as_of, replay.morning_posts, directory, patterns, imported)
 
@@ -95,7 +98,13 @@ def stage_evening(engine: sa.Engine, replay: Replay, directory: Path) -> Part:
 
 
 def _stage(
-    engine: sa.Engine, name: str, as_of: dt.datetime, posts: list[dict[str, Any]], directory: Path, patterns: int, rules: int
+    engine: sa.Engine,
+    name: str,
+    as_of: dt.datetime,
+    posts: list[dict[str, Any]],
+    directory: Path,
+    patterns: int,
+    rules: int,
 ) -> Part:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"replay-2026-02-15-{name}.ndjson"
@@ -114,7 +123,12 @@ def compare(found: dict[str, Any], golden: dict[str, Any]) -> list[dict[str, Any
         for key, expected in golden[section].items():
             value = found[section].get(key)
             lines.append(
-                {"figure": f"{section}: {key.replace('_', ' ')}", "expected": expected, "found": value, "ok": value == expected}
+                {
+                    "figure": f"{section}: {key.replace('_', ' ')}",
+                    "expected": expected,
+                    "found": value,
+                    "ok": value == expected,
+                }
             )
     for section in ("top_rules", "builtin_rules"):
         by_id = {rule["rule_id"]: rule for rule in found[section]}

@@ -59,13 +59,9 @@ def build_telemetry_sensor(job_name: str) -> dg.SensorDefinition:
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Runs the pipeline within seconds of new telemetry. Skips with numbers while nothing waits.",
     )
-    def new_telemetry(
-        context: dg.SensorEvaluationContext, database: FlywheelDatabase
-    ) -> dg.RunRequest | dg.SkipReason:
+    def new_telemetry(context: dg.SensorEvaluationContext, database: FlywheelDatabase) -> dg.RunRequest | dg.SkipReason:
         def busy() -> int:
-            return len(
-                context.instance.get_runs(dg.RunsFilter(job_name=job_name, statuses=UNFINISHED), limit=10)
-            )
+            return len(context.instance.get_runs(dg.RunsFilter(job_name=job_name, statuses=UNFINISHED), limit=10))
 
         if unfinished := busy():
             return dg.SkipReason(

@@ -103,13 +103,9 @@ class Fleet:
             ),
             {"batch": batch, "rule": rule_id},
         ).scalar_one()
-        self._event(
-            rule_id, "promoted", "fleet", batch_id=batch, decision_id=decision, certificate={"by": "test"}
-        )
+        self._event(rule_id, "promoted", "fleet", batch_id=batch, decision_id=decision, certificate={"by": "test"})
 
-    def _event(
-        self, rule_id: str, kind: str, to_state: str, incident_pattern: Any = None, **stamps: Any
-    ) -> None:
+    def _event(self, rule_id: str, kind: str, to_state: str, incident_pattern: Any = None, **stamps: Any) -> None:
         rule = self.conn.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :r"), {"r": rule_id}).one()
         content = definition(
             incident_pattern=incident_pattern or rule.incident_pattern,
@@ -166,8 +162,6 @@ class Fleet:
 
     def snapshot(self) -> list[Any]:
         """Everything that delivery writes, row versions included."""
-        manifests = self.conn.execute(
-            sa.text("SELECT xmin::text, * FROM rule_manifests ORDER BY appliance_id")
-        )
+        manifests = self.conn.execute(sa.text("SELECT xmin::text, * FROM rule_manifests ORDER BY appliance_id"))
         commands = self.conn.execute(sa.text("SELECT xmin::text, * FROM appliance_commands ORDER BY id"))
         return [*manifests.all(), *commands.all()]

@@ -32,9 +32,7 @@ def test_an_agent_version_is_read(text: str, version: AgentVersion) -> None:
     assert parse_version(text) == version
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "unknown", "1.0", "1.0.x", "1.0.70.2", "١.٠.٧٠", "1.0.70 beta", "-1.0.7"]
-)
+@pytest.mark.parametrize("text", [None, "", "unknown", "1.0", "1.0.x", "1.0.70.2", "١.٠.٧٠", "1.0.70 beta", "-1.0.7"])
 def test_what_is_no_version_is_unknown(text: str | None) -> None:
     assert parse_version(text) is None
 

@@ -96,9 +96,7 @@ rules_served = st.builds(
 rule_sets = st.lists(rules_served, max_size=12, unique_by=lambda r: r.rule_id)
 fleets = st.lists(
     st.builds(
-        lambda n, site, version, reports: ApplianceRow(
-            f"site-{site}-{n:02x}", f"site-{site}", version, reports
-        ),
+        lambda n, site, version, reports: ApplianceRow(f"site-{site}-{n:02x}", f"site-{site}", version, reports),
         st.integers(0, 40),
         st.integers(0, 6),
         st.sampled_from([None, "unknown", "1.0.30", "1.0.56", "1.0.69", "1.0.70", "1.0.74"]),
@@ -179,9 +177,7 @@ def test_an_appliance_gets_only_actions_that_its_agent_supports(
         st.builds(
             lambda n, runbook, enabled: rule(f"RB-AUTO-BAD{n}", runbook_id=runbook, enabled=enabled),
             st.integers(0, 9),
-            st.sampled_from(
-                [*PLACEHOLDERS, "RB-WIN-SCREENLOCK-001", "LIN-SSH-001", "RB-WIN-SVC-004", "auto-x"]
-            ),
+            st.sampled_from([*PLACEHOLDERS, "RB-WIN-SCREENLOCK-001", "LIN-SSH-001", "RB-WIN-SVC-004", "auto-x"]),
             st.booleans(),
         ),
         max_size=4,
@@ -213,9 +209,7 @@ def test_an_enabled_rule_on_a_placeholder_stops_the_build_and_is_named(runbook_i
 
 
 def test_the_placeholder_test_spares_rule_ids() -> None:
-    [manifest] = build_manifests(
-        [rule("RB-AUTO-FIREWALL"), rule("AUTO-LOOKING-RULE")], [appliance()], CATALOGUE
-    )
+    [manifest] = build_manifests([rule("RB-AUTO-FIREWALL"), rule("AUTO-LOOKING-RULE")], [appliance()], CATALOGUE)
     assert [r["id"] for r in manifest.rules] == ["AUTO-LOOKING-RULE", "RB-AUTO-FIREWALL"]
 
 
@@ -334,9 +328,7 @@ def test_a_rule_or_an_appliance_given_twice_is_refused() -> None:
         build_manifests([rule()], [appliance(), appliance()], CATALOGUE)
 
 
-@given(
-    st.text(max_size=20), st.integers(1, 9), st.sets(st.text(min_size=1, max_size=6), min_size=1, max_size=60)
-)
+@given(st.text(max_size=20), st.integers(1, 9), st.sets(st.text(min_size=1, max_size=6), min_size=1, max_size=60))
 def test_the_cohort_of_a_stage_contains_those_before_it_and_keeps_its_share(
     rule_id: str, version: int, sites: set[str]
 ) -> None:
@@ -344,11 +336,7 @@ def test_the_cohort_of_a_stage_contains_those_before_it_and_keeps_its_share(
     assert canary <= ring <= fleet == sites
     assert 1 <= len(canary) <= max(1, len(sites) * 0.10)
     assert 1 <= len(ring) <= max(1, len(sites) * 0.25)
-    assert (
-        cohort(rule_id, version, "shadow", sites)
-        == cohort(rule_id, version, "quarantined", sites)
-        == frozenset()
-    )
+    assert cohort(rule_id, version, "shadow", sites) == cohort(rule_id, version, "quarantined", sites) == frozenset()
 
 
 def test_a_canary_reaches_one_of_eight_sites_and_all_its_appliances() -> None:
@@ -384,13 +372,10 @@ def test_the_database_gives_the_same_problem_for_every_runbook_and_platform(engi
     with engine.begin() as conn:
         conn.execute(
             sa.text(
-                "INSERT INTO runbooks (runbook_id, name, platform, enabled) "
-                "VALUES ('RB-OFF', 'Off', 'windows', false)"
+                "INSERT INTO runbooks (runbook_id, name, platform, enabled) VALUES ('RB-OFF', 'Off', 'windows', false)"
             )
         )
-        rows = conn.execute(
-            sa.text("SELECT runbook_id, name, platform, severity, enabled FROM runbooks")
-        ).mappings()
+        rows = conn.execute(sa.text("SELECT runbook_id, name, platform, severity, enabled FROM runbooks")).mappings()
         catalogue = {row["runbook_id"]: RunbookRow(**row) for row in rows}
         for runbook_id in [*runbook_ids, *catalogue]:
             for platform in ("windows", "linux", "macos", None):

@@ -62,9 +62,7 @@ def test_built_in_rules_are_in_the_manifests_and_no_command_speaks_of_them(fleet
 
 
 def test_the_stored_hash_is_that_of_the_stored_rules(fleet: Fleet) -> None:
-    fleet.rule(
-        "RB-AUTO-FIREWALL", incident_pattern={"incident_type": "pare-feu “é” \\ 火", "check": ["a", 1, None]}
-    )
+    fleet.rule("RB-AUTO-FIREWALL", incident_pattern={"incident_type": "pare-feu “é” \\ 火", "check": ["a", 1, None]})
     publish(fleet)
     rows = fleet.conn.execute(sa.text("SELECT manifest_hash, rules, rule_count FROM rule_manifests")).all()
     assert len(rows) == 2
@@ -141,9 +139,7 @@ def test_a_rule_on_a_placeholder_is_kept_out_and_reported_while_others_are_still
 ) -> None:
     fleet.rule("RB-AUTO-FIREWALL")
     publish(fleet)
-    fleet.rule(
-        "RB-AUTO-SMB_SIGN", runbook_id="AUTO-SMB_SIGNING", incident_pattern={"incident_type": "smb_signing"}
-    )
+    fleet.rule("RB-AUTO-SMB_SIGN", runbook_id="AUTO-SMB_SIGNING", incident_pattern={"incident_type": "smb_signing"})
     fleet.quarantine("RB-AUTO-FIREWALL")
     manifests, commands = publish(fleet, NOON + HOUR)
     assert manifests.unservable == (
@@ -209,9 +205,7 @@ def test_a_command_that_nobody_fetched_expires_and_is_queued_again_in_the_same_r
     assert publish(fleet, NOON + 23 * HOUR)[1].changes == 0
     _, commands = publish(fleet, NOON + 24 * HOUR)
     assert (commands.expired, commands.redelivered, commands.queued) == (2, 2, 0)
-    row = fleet.conn.execute(
-        sa.text("SELECT * FROM appliance_commands WHERE appliance_id = 'site-a-01'")
-    ).one()
+    row = fleet.conn.execute(sa.text("SELECT * FROM appliance_commands WHERE appliance_id = 'site-a-01'")).one()
     assert (row.status, row.delivered_at, row.created_at) == ("pending", None, NOON)
     assert row.expires_at == NOON + 48 * HOUR
     assert row.status_reason == "queued again, was expired"
@@ -245,9 +239,7 @@ def test_a_refused_command_stays_failed_with_the_agents_reason(fleet: Fleet) -> 
     [command] = take_commands(fleet.conn, "site-a-01", NOON)
     assert acknowledge_command(fleet.conn, "site-a-01", command.id, NOON, failure="Unknown action")
     assert publish(fleet, NOON + HOUR)[1].changes == 0
-    row = fleet.conn.execute(
-        sa.text("SELECT * FROM appliance_commands WHERE id = :i"), {"i": command.id}
-    ).one()
+    row = fleet.conn.execute(sa.text("SELECT * FROM appliance_commands WHERE id = :i"), {"i": command.id}).one()
     assert (row.status, row.status_reason, row.acknowledged_at) == ("failed", "Unknown action", None)
 
 
@@ -274,8 +266,7 @@ def test_an_appliance_cannot_answer_for_another_or_for_nothing(fleet: Fleet) -> 
 def test_a_renamed_site_counts_under_its_name_of_today(fleet: Fleet) -> None:
     fleet.conn.execute(
         sa.text(
-            "INSERT INTO site_aliases (alias, site_id, actor, reason) "
-            "VALUES ('site-a', 'clinic-a', 'dana', 'renamed')"
+            "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('site-a', 'clinic-a', 'dana', 'renamed')"
         )
     )
     publish(fleet)
@@ -403,9 +394,7 @@ def test_after_any_history_publishing_again_queues_nothing_and_manifests_hold_on
                 held += [(what, command.id) for command in take_commands(fleet.conn, what, clock)]
             elif act == "answer" and held:
                 appliance_id, command_id = held.pop()
-                acknowledge_command(
-                    fleet.conn, appliance_id, command_id, clock, failure=None if what else "refused"
-                )
+                acknowledge_command(fleet.conn, appliance_id, command_id, clock, failure=None if what else "refused")
             elif act == "wait":
                 clock += what * HOUR
             fleet.conn.execute(sa.text("UPDATE appliances SET last_checkin = :at"), {"at": clock})

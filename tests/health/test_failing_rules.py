@@ -202,9 +202,7 @@ def test_on_the_golden_day_bitlocker_fails_at_thirty_percent_for_five_causes(
     assert [s.label for s in bitlocker.steps][:2] == ["all executions", "not_applicable"]
     assert bitlocker.steps[-1].executions == sum(
         counts[0]
-        for outcome_class, counts in outcome_counts(golden_day, ["RB-AUTO-BITLOCKE"])[
-            "RB-AUTO-BITLOCKE"
-        ].items()
+        for outcome_class, counts in outcome_counts(golden_day, ["RB-AUTO-BITLOCKE"])["RB-AUTO-BITLOCKE"].items()
         if outcome_class in ("failure", "success")
     )
     assert "not applicable" in bitlocker.sentence
