@@ -8,13 +8,12 @@ import datetime as dt
 from collections.abc import Iterator
 
 import dagster as dg
-import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.aggregates.refresh import refresh, touch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata
-from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
+from flywheel_pipeline.sql_models.loader import ModelGraph
 
 # Registry tables that a model reads while the ledger, downstream, writes them. An asset graph has no cycles, so these
 # reads are named in the descriptions and drawn the other way round.

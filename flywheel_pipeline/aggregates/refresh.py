@@ -117,7 +117,7 @@ def refresh(
     take = _TAKE_ALL if max_cells is None else _TAKE_SOME.format(limit=int(max_cells))
     connection.exec_driver_sql("CREATE TEMP TABLE scope_taken (site_id text, day date) ON COMMIT DROP")
     connection.exec_driver_sql(
-        f"WITH taken AS ({take}) INSERT INTO scope_taken SELECT DISTINCT site_id, day FROM taken"
+        f"WITH taken AS ({take}) INSERT INTO scope_taken SELECT DISTINCT site_id, day FROM taken"  # noqa: S608
     )
     connection.exec_driver_sql(_SCOPE_DAYS)
     connection.exec_driver_sql(_SCOPE_INPUT)

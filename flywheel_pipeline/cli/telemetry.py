@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import typer
 
@@ -38,8 +38,8 @@ def import_(
     engine = open_database()
     with progress(f"importing {file.name}") as bar:
 
-        def show(rows: int) -> None:
-            bar.update(bar.task_ids[0], description=f"importing {file.name}: {rows:,} rows")
+        def show(rows: int, share: float) -> None:
+            bar.update(bar.task_ids[0], description=f"importing {file.name}: {rows:,} rows, {share:.0%}")
 
         report = import_file(engine, file, source=source or file.name, progress=show)
     document = asdict(report)
@@ -109,8 +109,10 @@ def list_(
     """List rejected rows, newest first."""
     from flywheel_pipeline.telemetry.rejects import list_rejects
 
+    if status not in ("open", "accepted", "discarded"):
+        raise UsageError(f"No reject is {status}.", hint="--status takes open, accepted or discarded.")
     with open_database().connect() as connection:
-        rows = list_rejects(connection, status, limit)
+        rows = list_rejects(connection, cast(Literal["open", "accepted", "discarded"], status), limit)
     documents = [{**asdict(row), "payload": _payload(row)} for row in rows]
     if json:
         print_json(documents)

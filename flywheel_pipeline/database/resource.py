@@ -15,7 +15,7 @@ def _engine(url: str) -> sa.Engine:
     return open_engine(url)
 
 
-class FlywheelDatabase(dg.ConfigurableResource):
+class FlywheelDatabase(dg.ConfigurableResource["FlywheelDatabase"]):
     """PostgreSQL that holds all of Flywheel's state.
 
     `url` empty: FLYWHEEL_DATABASE_URL, or the embedded server under FLYWHEEL_HOME, started if need be.

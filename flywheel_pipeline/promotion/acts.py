@@ -50,7 +50,8 @@ def act(
         engine: the database.
         what: the act; freeze and thaw take no subject.
         subjects: pattern keys or pattern ids for approve and reject, rule ids for the rest.
-        actor: who; reason: why. Both are required.
+        actor: who decides this; required.
+        reason: why; required.
         change: for readmit, the changed parts of the rule (`runbook_id`, `incident_pattern`): a re-admitted rule
             needs new content.
 

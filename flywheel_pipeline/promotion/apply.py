@@ -7,7 +7,7 @@ belong here: deciding. The padlock is not here either: the database refuses what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -23,6 +23,7 @@ from flywheel_pipeline.quality import unmet_gates
 
 PROMOTION_LOCK = 0x666C7977686C0002  # 'flywhl', lock 2
 ACTOR = "flywheel"
+_AT_ONCE = {("none", "fleet"), ("proposed", "fleet")}
 
 
 @dataclass(frozen=True)
@@ -121,30 +122,27 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             run_id=batch.run_id,
             decided_at=batch.now,
         )
-        events = []
         state = rule.state if rule else "none"
-
-        def event(kind: str, to_state: str, before: str, *, gated: bool) -> RuleEvent:
-            return RuleEvent(
-                rule_id=rule_id,
-                rule_version=version,
-                kind=kind,
-                from_state=before,
-                to_state=to_state,
-                definition=content,
-                actor=ACTOR,
-                reason=decision.reason,
-                decision_id=decision_ids[key] if gated else None,
-                batch_id=batch.batch_id,
-                run_id=batch.run_id,
-                certificate=document if gated else None,
-            )
-
+        step = RuleEvent(
+            rule_id=rule_id,
+            rule_version=version,
+            kind="promoted" if (state, decision.target_state) in _AT_ONCE else "advanced",
+            from_state="proposed" if state == "none" else state,
+            to_state=decision.target_state,
+            definition=content,
+            actor=ACTOR,
+            reason=decision.reason,
+            decision_id=decision_ids[key],
+            batch_id=batch.batch_id,
+            run_id=batch.run_id,
+            certificate=document,
+        )
+        events = [step]
         if state == "none":
-            events.append(event("proposed", "proposed", "none", gated=False))
-            state = "proposed"
-        kind = "promoted" if (state, decision.target_state) == ("proposed", "fleet") else "advanced"
-        events.append(event(kind, decision.target_state, state, gated=True))
+            proposal = replace(
+                step, kind="proposed", from_state="none", to_state="proposed", decision_id=None, certificate=None
+            )
+            events = [proposal, step]
         append_events(connection, events)
         if decision.target_state in ("canary", "ring", "fleet"):
             connection.execute(

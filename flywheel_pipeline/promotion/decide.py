@@ -165,13 +165,12 @@ def load_pattern_evidence(
             )
         )
     }
-    verdicts = dict(
-        connection.execute(
+    verdicts: dict[str, str] = {
+        row.gate: row.verdict
+        for row in connection.execute(
             sa.text("SELECT gate, verdict FROM gate_verdicts WHERE batch_id = :batch"), {"batch": batch.batch_id}
         )
-        .tuples()
-        .all()
-    )
+    }
     early = [verdicts.get(gate) for gate in EARLY_GATES]
     checks_green = None if None in early else all(v == "pass" for v in early)
 

@@ -164,6 +164,7 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
     least, floor = policy.threshold.min_occurrences, policy.threshold.min_success_rate
     enough = e.occurrences >= least
     rate = e.successes / e.occurrences if e.occurrences else None
+    verdict: GateVerdict
     if rate is None:
         verdict, sentence = "inconclusive", "No L2 execution of it is in the telemetry."
     elif rate >= floor:
@@ -333,6 +334,7 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
     s, f = e.rated
     log_e = evalue.log_e(s, f, gate.floor)
     against = evalue.log_e_reject(s, f, gate.floor)
+    verdict: GateVerdict
     required = f"log E >= {need:.4f} (floor {gate.floor:.2f}, alpha {alpha:.5f})"
     if log_e >= need:
         verdict, sentence = (

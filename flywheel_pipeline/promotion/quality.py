@@ -23,7 +23,7 @@ def executable_runbooks_only(connection: sa.Connection, batch: Batch) -> Finding
     rows = (
         connection.execute(
             sa.text(
-                f"SELECT p.*, flywheel_runbook_problem(p.runbook_id, p.platform) AS problem FROM ({_TO_PROMOTE}) AS p "
+                f"SELECT p.*, flywheel_runbook_problem(p.runbook_id, p.platform) AS problem FROM ({_TO_PROMOTE}) AS p "  # noqa: S608
                 "ORDER BY p.pattern_key"
             ),
             {"batch": batch.batch_id},
