@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flywheel_pipeline.promotion.runbook_ids import is_placeholder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from flywheel_pipeline.delivery.manifest import (
     runbook_problem,
     unservable_rules,
 )
+from flywheel_pipeline.promotion.runbook_ids import is_placeholder
 
 CATALOGUE = {
     "RB-WIN-SEC-001": RunbookRow("RB-WIN-SEC-001", "Windows Firewall", "windows", "high"),
