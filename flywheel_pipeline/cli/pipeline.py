@@ -264,8 +264,8 @@ def _fingerprint(engine: sa.Engine) -> dict[str, tuple[int, str]] | None:
         for table in _STATE_TABLES:
             found[table] = tuple(
                 connection.execute(
-                    sa.text(  # noqa: S608 (names from the list above)
-                        "SELECT count(*), coalesce(sum(hashtextextended((to_jsonb(t) - 'updated_at' - 'built_at' - 'batch_id' "
+                    sa.text(
+                        "SELECT count(*), coalesce(sum(hashtextextended((to_jsonb(t) - 'updated_at' - 'built_at' - 'batch_id' "  # noqa: S608
                         f"- 'times_seen')::text, 0)), 0)::text FROM {table} AS t"
                     )
                 ).one()
