@@ -103,7 +103,11 @@ def canonical_json(value: Any) -> str:
 
 def manifest_hash(rules: Iterable[Mapping[str, Any]]) -> str:
     """sha256 of the rules in their order, as 64 hex digits."""
-    return hashlib.sha256(canonical_json(list(rules)).encode()).hexdigest()
+    return _hash_of_texts(canonical_json(rule) for rule in rules)
+
+
+def _hash_of_texts(texts: Iterable[str]) -> str:
+    return hashlib.sha256(f"[{','.join(texts)}]".encode()).hexdigest()
 
 
 def normalise_conditions(incident_pattern: Any, platform: str) -> list[dict[str, Any]]:
@@ -273,19 +277,22 @@ def build_manifests(
     sites = {a.site_id for a in appliances}
     reach = {r.rule_id: cohort(r.rule_id, r.rule_version, r.state, sites) for r in served}
 
-    # Appliances with the same agent at sites with the same rules share one manifest, computed once.
-    in_scope: dict[str, tuple[RuleRow, ...]] = {
-        site: tuple(r for r in served if site in reach[r.rule_id]) for site in sites
-    }
-    groups: dict[tuple[str | None, str, tuple[str, ...]], list[ApplianceRow]] = defaultdict(list)
-    scope_ids = {site: tuple(r.rule_id for r in scoped) for site, scoped in in_scope.items()}
+    # Appliances with the same agent at sites with the same rules share one manifest, and each rule is put into
+    # its form once per kind of agent: 10,000 appliances x 500 rules are 5 million pairs.
+    scopes = {site: tuple(r for r in served if site in reach[r.rule_id]) for site in sites}
+    groups: dict[tuple[str, tuple[str, ...]], list[ApplianceRow]] = defaultdict(list)
+    scope_ids = {site: tuple(r.rule_id for r in scope) for site, scope in scopes.items()}
     for appliance in appliances:
-        key = (appliance.agent_version, canonical_json(appliance.capabilities), scope_ids[appliance.site_id])
-        groups[key].append(appliance)
+        groups[_kind_of_agent(appliance), scope_ids[appliance.site_id]].append(appliance)
+    offers: dict[str, dict[str, _Offer]] = {}
     manifests: list[Manifest] = []
-    for members in groups.values():
-        entries, withheld = _split(in_scope[members[0].site_id], members[0], catalogue)
-        content = manifest_hash(entries)
+    for (kind, _), members in groups.items():
+        if kind not in offers:
+            offers[kind] = {r.rule_id: _offer(r, members[0], catalogue) for r in served}
+        scope = [offers[kind][r.rule_id] for r in scopes[members[0].site_id]]
+        entries = tuple(o.content for o in scope if o.served)
+        withheld = tuple(sorted((o.content for o in scope if not o.served), key=lambda w: str(w["rule_id"])))
+        content = _hash_of_texts(o.text for o in scope if o.served)
         manifests.extend(Manifest(a.appliance_id, a.site_id, content, entries, withheld) for a in members)
     return sorted(manifests, key=lambda m: m.appliance_id)
 
@@ -296,27 +303,32 @@ def _refuse_repeats(what: str, ids: list[str]) -> None:
         raise ValueError(f"{what} given twice: {', '.join(repeated)}")
 
 
-def _split(
-    rules: Sequence[RuleRow], appliance: ApplianceRow, catalogue: Mapping[str, RunbookRow]
-) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """The rules as this appliance gets them, and those withheld from it with the reason."""
-    entries: list[dict[str, Any]] = []
-    withheld: list[dict[str, Any]] = []
-    for rule in rules:
-        runbook_id, platform = str(rule.runbook_id), str(rule.platform)
-        capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities)
-        if capability.ok:
-            entries.append(_entry(rule, catalogue[runbook_id], platform, capability.action))
-        else:
-            withheld.append(
-                {
-                    "rule_id": rule.rule_id,
-                    "version": rule.rule_version,
-                    "source": rule.source,
-                    "reason": capability.reason,
-                }
-            )
-    return tuple(entries), tuple(sorted(withheld, key=lambda w: str(w["rule_id"])))
+def _kind_of_agent(appliance: ApplianceRow) -> str:
+    return canonical_json([appliance.agent_version, appliance.capabilities])
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A rule as one kind of agent gets it: its entry and the entry's canonical JSON, or why it is withheld."""
+
+    served: bool
+    content: dict[str, Any]
+    text: str
+
+
+def _offer(rule: RuleRow, appliance: ApplianceRow, catalogue: Mapping[str, RunbookRow]) -> _Offer:
+    runbook_id, platform = str(rule.runbook_id), str(rule.platform)
+    capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities)
+    if capability.ok:
+        content = _entry(rule, catalogue[runbook_id], platform, capability.action)
+    else:
+        content = {
+            "rule_id": rule.rule_id,
+            "version": rule.rule_version,
+            "source": rule.source,
+            "reason": capability.reason,
+        }
+    return _Offer(capability.ok, content, canonical_json(content))
 
 
 def _entry(rule: RuleRow, runbook: RunbookRow, platform: str, action: str) -> dict[str, Any]:
