@@ -27,10 +27,11 @@ from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
 from flywheel_pipeline.promotion.jobs import human_jobs
 from flywheel_pipeline.sql_models.loader import load_models
 from flywheel_pipeline.telemetry.assets import external_tables
-from flywheel_pipeline.telemetry.checks import telemetry_checks
+from flywheel_pipeline.telemetry.checks import SUITE_CHECK, telemetry_checks, telemetry_suite
 from flywheel_pipeline.telemetry.sensors import build_telemetry_sensor
 
 PIPELINE_JOB = "pipeline"
+NIGHTLY_JOB = "pipeline_nightly"
 
 
 def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
@@ -42,15 +43,17 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     backfill = build_backfill_asset(graph)
     checks = [
         telemetry_checks,
+        telemetry_suite,
         aggregates_checks,
         promotion_gates,
         registry_checks,
         health_checks,
     ]
     # Checks are named on their own: a check that nobody selected is silently left out of a job.
+    everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
     pipeline = dg.define_asset_job(
         PIPELINE_JOB,
-        selection=(dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks(),
+        selection=everything - dg.AssetSelection.checks(SUITE_CHECK),
         description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
         executor_def=dg.in_process_executor,
     )
@@ -60,12 +63,19 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         description="Recomputes the cells of the chosen days from the log.",
         executor_def=dg.in_process_executor,
     )
+    nightly_job = dg.define_asset_job(
+        NIGHTLY_JOB,
+        selection=everything,
+        description="The pipeline with every counter recounted in full and the expectation suite over the log.",
+        tags={FULL_RECOUNT_TAG: "true"},
+        executor_def=dg.in_process_executor,
+    )
     nightly = dg.ScheduleDefinition(
         name="nightly",
-        job=pipeline,
+        job=nightly_job,
         cron_schedule="17 3 * * *",
         execution_timezone="UTC",
-        tags={FULL_RECOUNT_TAG: "true", "flywheel/trigger": "nightly"},
+        tags={"flywheel/trigger": "nightly"},
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description="The whole graph with every counter recounted in full.",
     )
@@ -90,9 +100,9 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
             build_delivery_asset(graph),
         ],
         asset_checks=checks,
-        jobs=[pipeline, backfill_job, housekeeping, *human_jobs()],
+        jobs=[pipeline, nightly_job, backfill_job, housekeeping, *human_jobs()],
         schedules=[nightly, retention],
-        sensors=[build_telemetry_sensor(PIPELINE_JOB)],
+        sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,))],
         resources=dict(resources or {"database": FlywheelDatabase()}),
         executor=dg.in_process_executor,
     )

@@ -56,21 +56,23 @@ def run_pipeline(
     instance: dg.DagsterInstance,
     *,
     full_recount: bool = False,
+    nightly: bool = False,
     trigger: str = "command line",
     progress: Callable[[str], None] | None = None,
 ) -> RunOutcome:
-    """Run the job `pipeline` in this process and return its outcome; a failing gate is an outcome, not an error.
+    """Run the job `pipeline` (or `pipeline_nightly`) in this process and return its outcome; a failing gate is an outcome, not an error.
 
     `progress` is called with the name of each step as it starts.
     """
     import time
 
     from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG
-    from flywheel_pipeline.build import PIPELINE_JOB, build_defs
+    from flywheel_pipeline.build import NIGHTLY_JOB, PIPELINE_JOB, build_defs
 
     tags = {"flywheel/trigger": trigger}
     if full_recount:
         tags[FULL_RECOUNT_TAG] = "true"
+    job_name = NIGHTLY_JOB if nightly else PIPELINE_JOB
     run_id = str(uuid.uuid4())
 
     def listen(event: dg.EventLogEntry) -> None:
@@ -80,7 +82,7 @@ def run_pipeline(
 
     instance.add_event_listener(run_id, listen)
     begun = time.monotonic()
-    job = build_defs().resolve_job_def(PIPELINE_JOB)
+    job = build_defs().resolve_job_def(job_name)
     result = job.execute_in_process(
         instance=instance,
         run_id=run_id,

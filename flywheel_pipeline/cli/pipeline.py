@@ -25,13 +25,14 @@ def register(app: typer.Typer) -> None:
     app.add_typer(simulate, name="simulate")
 
 
-def _run(engine: sa.Engine, *, full: bool, what: str) -> Any:
+def _run(engine: sa.Engine, *, full: bool, what: str, nightly: bool = False) -> Any:
     from flywheel_pipeline.run import dagster_instance, run_pipeline
 
     with progress(what) as bar, dagster_instance(engine.url) as instance:
         return run_pipeline(
             instance,
             full_recount=full,
+            nightly=nightly,
             progress=lambda step: bar.update(bar.task_ids[0], description=f"{what}: {step}"),
         )
 
@@ -45,12 +46,14 @@ def _print_outcome(outcome: Any) -> None:
 
 
 def run(
-    full: bool = typer.Option(False, "--full", help="Recount every counter, as the nightly run does."),
+    full: bool = typer.Option(
+        False, "--full", help="Recount every counter and run the expectation suite, as at night."
+    ),
     json: bool = JSON,
 ) -> None:
     """Run the whole graph once, in this process: refresh, check, decide, apply, deliver. Exit 1 if a gate failed."""
     engine = open_database()
-    outcome = _run(engine, full=full, what="running")
+    outcome = _run(engine, full=full, nightly=full, what="running")
     if json:
         print_json(asdict(outcome))
     else:

@@ -40,9 +40,7 @@ INSTANCE: Final[dict[str, Any]] = {
     "nux": {"enabled": False},
 }
 
-_NOTE = (
-    "# Written by Flywheel at each start: changes here are lost. The database URL is in the environment.\n"
-)
+_NOTE = "# Written by Flywheel at each start: changes here are lost. The database URL is in the environment.\n"
 
 
 def write_dagster_home(settings: Settings, url: URL) -> Path:

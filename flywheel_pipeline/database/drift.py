@@ -130,9 +130,7 @@ def check(engine: Engine) -> list[Difference]:
         transaction.rollback()
     differences = list(_differences(expected, live))
     if revision != head:
-        differences.insert(
-            0, Difference("migrations", "not at the newest revision", head, revision or "none")
-        )
+        differences.insert(0, Difference("migrations", "not at the newest revision", head, revision or "none"))
     return differences
 
 
@@ -176,9 +174,7 @@ def _differences(wanted: Mapping[str, _Object], live: Mapping[str, _Object]) -> 
             for name in expected.facts:
                 if expected.facts[name] != found.facts[name]:
                     problem = _problem(name, expected.facts[name], found.facts[name])
-                    yield Difference(
-                        label, problem, _one_line(expected.facts[name]), _one_line(found.facts[name])
-                    )
+                    yield Difference(label, problem, _one_line(expected.facts[name]), _one_line(found.facts[name]))
 
 
 def _is_relation(label: str) -> bool:

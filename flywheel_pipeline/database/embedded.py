@@ -189,8 +189,7 @@ class EmbeddedServer:
             uid = self.data.stat().st_uid
             if me not in (0, uid):
                 raise DatabaseUnavailable(
-                    f"The database in {self.data} belongs to the user {_user_name(uid)}, and you are "
-                    f"{_user_name(me)}.",
+                    f"The database in {self.data} belongs to the user {_user_name(uid)}, and you are {_user_name(me)}.",
                     hint="Run as that user or as root, or set FLYWHEEL_HOME to a directory of your own.",
                 )
             if me == 0 and uid != 0:
@@ -256,9 +255,7 @@ class EmbeddedServer:
                 )
             clients = sorted({"root", _user_name(os.geteuid())})
             _write_owned(fresh / "pg_hba.conf", "local all all peer map=flywheel\n", owner)
-            _write_owned(
-                fresh / "pg_ident.conf", "".join(f'flywheel "{name}" {ROLE}\n' for name in clients), owner
-            )
+            _write_owned(fresh / "pg_ident.conf", "".join(f'flywheel "{name}" {ROLE}\n' for name in clients), owner)
             if self.data.exists():  # an empty or half-made directory without PG_VERSION holds no database
                 self.data.rmdir()
             fresh.rename(self.data)
@@ -280,11 +277,7 @@ class EmbeddedServer:
         except FileExistsError:
             pass
         found = self.socket_directory.lstat()
-        if (
-            not self.socket_directory.is_dir()
-            or self.socket_directory.is_symlink()
-            or found.st_uid != owner.uid
-        ):
+        if not self.socket_directory.is_dir() or self.socket_directory.is_symlink() or found.st_uid != owner.uid:
             raise DatabaseUnavailable(
                 f"The socket directory {self.socket_directory} belongs to {_user_name(found.st_uid)}.",
                 hint="Remove it, or set FLYWHEEL_HOME to another directory.",
@@ -417,8 +410,7 @@ class EmbeddedServer:
                 return
             time.sleep(0.02)
         raise DatabaseUnavailable(
-            f"The embedded PostgreSQL in {self.data} (process {pid}) did not stop within "
-            f"{STOP_TIMEOUT_SECONDS:.0f} s.",
+            f"The embedded PostgreSQL in {self.data} (process {pid}) did not stop within {STOP_TIMEOUT_SECONDS:.0f} s.",
             hint="Look for clients that hold long transactions, then try again.",
         )
 
@@ -445,9 +437,7 @@ class EmbeddedServer:
                 return None
             except PermissionError:
                 return None  # a process of somebody else: our postmaster runs as the owner of the data
-        name = subprocess.run(
-            ["ps", "-p", str(pid), "-o", "comm="], capture_output=True, text=True, check=False
-        )
+        name = subprocess.run(["ps", "-p", str(pid), "-o", "comm="], capture_output=True, text=True, check=False)
         return pid if "postgres" in name.stdout else None
 
     def _ensure_database(self) -> None:
@@ -455,14 +445,10 @@ class EmbeddedServer:
             with psycopg.connect(
                 host=str(self.socket_directory), port=PORT, user=ROLE, dbname="postgres", autocommit=True
             ) as connection:
-                found = connection.execute(
-                    "SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]
-                ).fetchone()
+                found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [DATABASE]).fetchone()
                 if found is None:
                     # Where a starter was killed, its backend may be creating the database at this moment.
-                    with contextlib.suppress(
-                        psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation
-                    ):
+                    with contextlib.suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
                         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(

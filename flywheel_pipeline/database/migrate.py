@@ -59,8 +59,7 @@ def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeRepor
         if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise
         raise DatabaseUnavailable(
-            f"The role {engine.url.username} may not create the tables of Flywheel: "
-            f"{str(error.orig).splitlines()[0]}.",
+            f"The role {engine.url.username} may not create the tables of Flywheel: {str(error.orig).splitlines()[0]}.",
             hint="The owner of the database can GRANT CREATE on it and on its schema public to that role.",
         ) from error
     return UpgradeReport(tuple(changes))

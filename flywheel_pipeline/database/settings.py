@@ -21,9 +21,7 @@ class Settings(BaseSettings):
     `database_url` unset or empty means the embedded server.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True
-    )
+    model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
 
     home: Path = Path(".flywheel")
     database_url: SecretStr | None = None

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
-HeldReason = Literal[
-    "placeholder", "not_in_catalogue", "wrong_platform", "too_few_occurrences", "success_rate"
-]
+HeldReason = Literal["placeholder", "not_in_catalogue", "wrong_platform", "too_few_occurrences", "success_rate"]
 
 
 @dataclass(frozen=True, slots=True)

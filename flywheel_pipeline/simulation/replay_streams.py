@@ -299,9 +299,7 @@ def _promoted_streams() -> list[Stream]:
             "windows",
             "RB-WIN-SEC-002",
             (
-                Portion(
-                    16, ("NVWS01", "NVWS02", "NVSRV01", "LFWS01", "LFWS02", "LFSRV01", "NVDC01", "LFDC01")
-                ),
+                Portion(16, ("NVWS01", "NVWS02", "NVSRV01", "LFWS01", "LFWS02", "LFSRV01", "NVDC01", "LFDC01")),
                 Portion(5, ("NVWS06", "LFWS03"), "verify"),
                 Portion(3, ("LFWS04",), "unauthorized"),
             ),

@@ -264,9 +264,7 @@ def _level_fields(stream: Stream, succeeded: bool, rng: random.Random) -> dict[s
         }
     return {
         "manual_intervention_needed": True,
-        "human_feedback": "closed by the help desk"
-        if succeeded
-        else "needs a visit: the drive must be encrypted",
+        "human_feedback": "closed by the help desk" if succeeded else "needs a visit: the drive must be encrypted",
     }
 
 
@@ -324,16 +322,12 @@ def build_telemetry() -> Telemetry:
         mine = of_stream.setdefault(stream.name, [])
         for portion in stream.portions:
             for host, started in _events(portion, rng):
-                execution, completed = _execution(
-                    stream, host, started, portion.failure, serial, rng, bundles
-                )
+                execution, completed = _execution(stream, host, started, portion.failure, serial, rng, bundles)
                 reported = _reported(host.site_id, completed, rng)
                 # Four in a hundred overtake each other between the queue and the intake.
                 delay = _between(rng, 60.0, 3000.0) if rng.random() < 0.04 else 0.0
                 mine.append(
-                    _Attempt(
-                        stream.name, host.site_id, execution, reported, reported + timedelta(seconds=delay)
-                    )
+                    _Attempt(stream.name, host.site_id, execution, reported, reported + timedelta(seconds=delay))
                 )
                 serial += 1
         attempts.extend(mine)

@@ -99,9 +99,7 @@ def cell_query(
     return "WITH " + ",\n".join(ctes) + f"\nSELECT m.* FROM {model.name} AS m\nWHERE {scoped}"
 
 
-def recompute(
-    connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, everything: bool = False
-) -> CellCounts:
+def recompute(connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, everything: bool = False) -> CellCounts:
     """Set a cell model's rows for the cells in scope, and write only what differs.
 
     Computes the rows into a temporary table, deletes rows of these cells that are no longer computed,
@@ -162,8 +160,7 @@ def _write_differences(
     before = execute(connection, f"SELECT count(*) FROM {table} AS t WHERE {scoped}").scalar_one()
     deleted = execute(
         connection,
-        f"DELETE FROM {table} AS t WHERE {scoped}\n"
-        f"AND NOT EXISTS (SELECT 1 FROM {result} AS r WHERE {same_key})",
+        f"DELETE FROM {table} AS t WHERE {scoped}\nAND NOT EXISTS (SELECT 1 FROM {result} AS r WHERE {same_key})",
     ).rowcount
     updated = 0
     if values:

@@ -54,13 +54,9 @@ class Header(BaseModel):
                 raise ValueError(f"key: {column} is not among the columns")
         for column, (given, _) in self.columns.items():
             if not _TYPE.match(given):
-                raise ValueError(
-                    f"columns: {column} has the type {given!r}, which is no plain PostgreSQL type"
-                )
+                raise ValueError(f"columns: {column} has the type {given!r}, which is no plain PostgreSQL type")
         if (self.materialized == "cell") != (self.cell is not None):
-            raise ValueError(
-                "cell: a model of `materialized: cell` says `cell: day` or `cell: site`, no other does"
-            )
+            raise ValueError("cell: a model of `materialized: cell` says `cell: day` or `cell: site`, no other does")
         needed = {"day": ("site_id", "day"), "site": ("site_id",), None: ()}[self.cell]
         for column in needed:
             if column not in self.key:
@@ -108,9 +104,7 @@ def read_header(text: str, *, file: str, room: str, name: str) -> tuple[Header, 
     try:
         header = Header.model_validate(data)
     except ValidationError as error:
-        first = min(
-            error.errors(), key=lambda found: found["type"] != "extra_forbidden"
-        )  # a typo explains most
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a typo explains most
         where = tuple(str(part) for part in first["loc"] if part != "[key]")
         said = str(first["msg"]).removeprefix("Value error, ")
         if not where:
@@ -119,9 +113,7 @@ def read_header(text: str, *, file: str, room: str, name: str) -> tuple[Header, 
             said = f"{'.'.join(where)}: {said}"
         hint = None
         if first["type"] == "too_long" and where[0] == "columns":
-            hint = (
-                "A column is [type, description]; put quotes around a description or type with a comma in it."
-            )
+            hint = "A column is [type, description]; put quotes around a description or type with a comma in it."
         line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), first_line)
         refuse(f"{said[0].lower()}{said[1:]}.", line, hint)
     if header.name != name:

@@ -262,9 +262,7 @@ def _read(
     try:
         text = entry.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ModelError(
-            f"{file}:1: the file is not UTF-8 ({error.reason} at byte {error.start})."
-        ) from error
+        raise ModelError(f"{file}:1: the file is not UTF-8 ({error.reason} at byte {error.start}).") from error
     header, body_start = read_header(text, file=file, room=room, name=name)
 
     def refuse(problem: str, line: int, hint: str | None = None) -> NoReturn:
@@ -364,9 +362,7 @@ def _content_hash(header: Header, body: str, tokens: list[Token]) -> str:
     return hashlib.sha256(json.dumps(document, ensure_ascii=False).encode()).hexdigest()
 
 
-def _check_select(
-    query: exp.Query, refuse: Callable[..., NoReturn], line: int, taken: frozenset[str]
-) -> None:
+def _check_select(query: exp.Query, refuse: Callable[..., NoReturn], line: int, taken: frozenset[str]) -> None:
     for node in query.walk():
         if isinstance(node, _WRITES):
             refuse("a model only reads; this one has a data-modifying statement in it.", line)

@@ -124,8 +124,7 @@ def type_oids(connection: sa.Connection, declared: Iterable[str]) -> dict[str, i
     wanted = sorted(set(declared))
     rows = connection.execute(
         sa.text(
-            "SELECT t AS declared, CAST(to_regtype(t) AS oid)::bigint AS oid "
-            "FROM unnest(CAST(:types AS text[])) AS t"
+            "SELECT t AS declared, CAST(to_regtype(t) AS oid)::bigint AS oid FROM unnest(CAST(:types AS text[])) AS t"
         ),
         {"types": wanted},
     )
@@ -188,10 +187,7 @@ def _modifier(declared: str) -> str:
 
 def _type_names(connection: sa.Connection, oids: Sequence[int]) -> dict[int, str]:
     rows = connection.execute(
-        sa.text(
-            "SELECT o AS oid, format_type(CAST(o AS oid), NULL) AS name "
-            "FROM unnest(CAST(:oids AS bigint[])) AS o"
-        ),
+        sa.text("SELECT o AS oid, format_type(CAST(o AS oid), NULL) AS name FROM unnest(CAST(:oids AS bigint[])) AS o"),
         {"oids": sorted(set(oids))},
     )
     return {row.oid: row.name for row in rows}
@@ -229,9 +225,7 @@ def drop(connection: sa.Connection, relation: Relation) -> None:
     execute(connection, f"DROP {kind} {quote(relation.name)}")
 
 
-def describe(
-    connection: sa.Connection, model: SqlModel, relation: Relation | None, *, name: str | None = None
-) -> bool:
+def describe(connection: sa.Connection, model: SqlModel, relation: Relation | None, *, name: str | None = None) -> bool:
     """Set the comments of the relation and its columns where they differ from the header; say whether any
     did.
     """

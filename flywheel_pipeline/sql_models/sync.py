@@ -68,8 +68,7 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
     keeps = {
         name
         for name in changed
-        if graph.models[name].materialized != "view"
-        and _same_table(connection, live.get(name), graph.models[name])
+        if graph.models[name].materialized != "view" and _same_table(connection, live.get(name), graph.models[name])
     }
     dropped = _drop_with_readers(connection, {*(changed - keeps), *removed}, live, recorded)
     changes = [f"dropped {name}, which is no model any more" for name in removed]
@@ -89,9 +88,7 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
         else:
             _create(connection, model)
             if model.name not in changed:
-                changes.append(
-                    f"created {model.materialized} {model.name} again, since a model that it reads changed"
-                )
+                changes.append(f"created {model.materialized} {model.name} again, since a model that it reads changed")
             elif model.name in recorded:
                 changes.append(f"replaced {model.materialized} {model.name}")
             else:
@@ -142,8 +139,7 @@ def create_table_swap(connection: sa.Connection, model: SqlModel, graph: ModelGr
     execute(connection, f"ALTER TABLE {quote(built)} RENAME TO {quote(model.name)}")
     execute(
         connection,
-        f"ALTER TABLE {quote(model.name)} "
-        f"RENAME CONSTRAINT {quote(f'{built}_pkey')} TO {quote(f'{model.name}_pkey')}",
+        f"ALTER TABLE {quote(model.name)} RENAME CONSTRAINT {quote(f'{built}_pkey')} TO {quote(f'{model.name}_pkey')}",
     )
     if gone - {model.name}:
         for reader in graph if graph is not None else load_models():

@@ -109,16 +109,16 @@ def read_records(path: Path, received_at: datetime) -> Iterator[Record]:
 
 def _read_ndjson(file: IO[bytes], path: Path, received_at: datetime) -> Iterator[Record]:
     size = max(path.stat().st_size, 1)
+    position = 0
     for number, raw, whole in _lines(file):
-        fraction = min(file.tell() / size, 1.0)
+        position += len(raw) if whole is None else whole[0]
+        fraction = min(position / size, 1.0)
         if whole is not None:
             yield Record(number, raw, too_long(whole[0]), fraction, *whole)
         elif raw and not raw.isspace():
             complete = raw.endswith(b"\n")
             raw = raw.rstrip(b"\r\n")
-            yield Record(
-                number, raw, parse_line(raw, number, received_at=received_at, complete=complete), fraction
-            )
+            yield Record(number, raw, parse_line(raw, number, received_at=received_at, complete=complete), fraction)
 
 
 def _lines(file: IO[bytes]) -> Iterator[_Line]:

@@ -157,9 +157,7 @@ def _apply(cursor: psycopg.Cursor[Any], version: int, landed: Landed) -> None:
     """Compare one round with what stands, and write what is newer."""
     newer: list[int] = []
     earlier: list[int] = []
-    for position, verdict, arrived_earlier, reason in cursor.execute(
-        _COMPARE, {"version": version}
-    ).fetchall():
+    for position, verdict, arrived_earlier, reason in cursor.execute(_COMPARE, {"version": version}).fetchall():
         landed.repeated -= 1
         if verdict in ("conflicting_identity", "undated_correction"):
             landed.refused[position] = Reject(verdict, reason)
@@ -202,9 +200,9 @@ _STAGING: Final = sql.SQL(
 
 _EMPTY: Final = sql.SQL("DELETE FROM staged_executions")
 
-_COPY: Final = sql.SQL(
-    "COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)"
-).format(columns=_names(COLUMNS))
+_COPY: Final = sql.SQL("COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)").format(
+    columns=_names(COLUMNS)
+)
 
 _ANALYZE: Final = sql.SQL("ANALYZE staged_executions (execution_id, version)")
 

@@ -116,9 +116,7 @@ def record(
     return [id_ for (id_,) in found.fetchall()]
 
 
-def list_rejects(
-    connection: sa.Connection, status: Status | None = "open", limit: int | None = 50
-) -> list[RejectRow]:
+def list_rejects(connection: sa.Connection, status: Status | None = "open", limit: int | None = 50) -> list[RejectRow]:
     """Rejects of a status (None: of any), the latest first."""
     query = sa.select(*(telemetry_rejects.c[name] for name in RejectRow.__dataclass_fields__))
     if status is not None:
@@ -259,6 +257,5 @@ def _retry_batch(
         ),
     )
     return len(good), Counter(
-        item.reason_code if reject.reason_code in _UNREADABLE else reject.reason_code
-        for item, reject in refused
+        item.reason_code if reject.reason_code in _UNREADABLE else reject.reason_code for item, reject in refused
     )

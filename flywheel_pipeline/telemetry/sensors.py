@@ -49,8 +49,8 @@ def wait_for_telemetry(engine: sa.Engine, seconds: float) -> int:
                 pass
 
 
-def build_telemetry_sensor(job_name: str) -> dg.SensorDefinition:
-    """Build the sensor that runs the job of this name when the outbox is not empty and no run of it is unfinished."""
+def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg.SensorDefinition:
+    """Build the sensor that runs the job of this name when the outbox is not empty and no run of it, or of `others`, is unfinished."""
 
     @dg.sensor(
         name="new_telemetry",
@@ -61,7 +61,10 @@ def build_telemetry_sensor(job_name: str) -> dg.SensorDefinition:
     )
     def new_telemetry(context: dg.SensorEvaluationContext, database: FlywheelDatabase) -> dg.RunRequest | dg.SkipReason:
         def busy() -> int:
-            return len(context.instance.get_runs(dg.RunsFilter(job_name=job_name, statuses=UNFINISHED), limit=10))
+            return sum(
+                len(context.instance.get_runs(dg.RunsFilter(job_name=name, statuses=UNFINISHED), limit=10))
+                for name in (job_name, *others)
+            )
 
         if unfinished := busy():
             return dg.SkipReason(

@@ -117,9 +117,7 @@ def telemetry_suite(as_of: datetime) -> ExpectationSuite:
                 severity="critical",
             ),
             gxe.ExpectColumnValuesToBeBetween(column="duration_seconds", min_value=0, severity="critical"),
-            gxe.ExpectColumnValuesToBeBetween(
-                column="confidence", min_value=0, max_value=1, severity="critical"
-            ),
+            gxe.ExpectColumnValuesToBeBetween(column="confidence", min_value=0, max_value=1, severity="critical"),
             gxe.ExpectColumnValuesToNotBeNull(column="incident_type", mostly=0.99, severity="warning"),
             gxe.ExpectColumnValuesToNotBeNull(column="platform", mostly=0.95, severity="warning"),
             gxe.ExpectColumnValuesToBeInSet(

@@ -5,8 +5,6 @@ next change of `tables.py` becomes a new file: `alembic revision --autogenerate 
 FLYWHEEL_DATABASE_URL at an upgraded database, then read and edit what it wrote.
 """
 
-# ruff: noqa: E501 - comments and conditions stand here as they are in the database
-
 from __future__ import annotations
 
 import sqlalchemy as sa
@@ -129,9 +127,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("execution_corrections_pkey")),
         comment="History of every UPDATE of a telemetry row, written by trigger.",
     )
-    op.create_index(
-        "execution_corrections_execution_id_idx", "execution_corrections", ["execution_id"], unique=False
-    )
+    op.create_index("execution_corrections_execution_id_idx", "execution_corrections", ["execution_id"], unique=False)
     op.create_table(
         "execution_telemetry",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
@@ -218,9 +214,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("execution_telemetry_pkey")),
         sa.UniqueConstraint("execution_id", name=op.f("execution_telemetry_execution_id_key")),
     )
-    op.create_index(
-        "execution_telemetry_site_event_idx", "execution_telemetry", ["site_id", "event_at"], unique=False
-    )
+    op.create_index("execution_telemetry_site_event_idx", "execution_telemetry", ["site_id", "event_at"], unique=False)
     op.create_table(
         "human_acts",
         sa.Column("act_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -240,16 +234,12 @@ def upgrade() -> None:
             server_default=sa.text("clock_timestamp()"),
             nullable=False,
         ),
-        sa.CheckConstraint(
-            "(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name=op.f("human_acts_subject_check")
-        ),
+        sa.CheckConstraint("(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name=op.f("human_acts_subject_check")),
         sa.CheckConstraint(
             "act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')",
             name=op.f("human_acts_act_check"),
         ),
-        sa.CheckConstraint(
-            "btrim(actor) <> '' AND btrim(reason) <> ''", name=op.f("human_acts_signed_check")
-        ),
+        sa.CheckConstraint("btrim(actor) <> '' AND btrim(reason) <> ''", name=op.f("human_acts_signed_check")),
         sa.PrimaryKeyConstraint("act_id", name=op.f("human_acts_pkey")),
         comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen.",
     )
@@ -328,9 +318,7 @@ def upgrade() -> None:
             "outcome_class IN ('synthetic', 'agent_unsupported', 'not_applicable', 'unreachable', 'escalated', 'suppressed')",
             name=op.f("outcome_class_rules_outcome_class_check"),
         ),
-        sa.CheckConstraint(
-            "pattern <> '' AND pattern !~ '^%*$'", name=op.f("outcome_class_rules_pattern_check")
-        ),
+        sa.CheckConstraint("pattern <> '' AND pattern !~ '^%*$'", name=op.f("outcome_class_rules_pattern_check")),
         sa.PrimaryKeyConstraint("rule_name", name=op.f("outcome_class_rules_pkey")),
         comment="Error pattern -> outcome class. Classes rank in the order of the outcome_class check.",
     )
@@ -397,9 +385,7 @@ def upgrade() -> None:
         "policy_activations",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("policy_name", sa.String(length=100), nullable=False),
-        sa.Column(
-            "as_of", sa.TIMESTAMP(timezone=True), nullable=True, comment="clock of a replay; null: real time"
-        ),
+        sa.Column("as_of", sa.TIMESTAMP(timezone=True), nullable=True, comment="clock of a replay; null: real time"),
         sa.Column("actor", sa.String(length=255), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column(
@@ -418,18 +404,14 @@ def upgrade() -> None:
         sa.Column("opened_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("policy_name", sa.String(length=100), nullable=False),
         sa.Column("policy_hash", sa.String(length=64), nullable=False),
-        sa.Column(
-            "as_of", sa.TIMESTAMP(timezone=True), nullable=True, comment="clock of a replay; null: now"
-        ),
+        sa.Column("as_of", sa.TIMESTAMP(timezone=True), nullable=True, comment="clock of a replay; null: now"),
         sa.Column(
             "refreshed_at",
             sa.TIMESTAMP(timezone=True),
             nullable=True,
             comment="null: the aggregates were not refreshed in this batch",
         ),
-        sa.Column(
-            "refresh_seq", sa.BigInteger(), nullable=True, comment="order of refreshes under the refresh lock"
-        ),
+        sa.Column("refresh_seq", sa.BigInteger(), nullable=True, comment="order of refreshes under the refresh lock"),
         sa.Column("cells_refreshed", sa.BigInteger(), nullable=True),
         sa.Column("rows_written", sa.BigInteger(), nullable=True),
         sa.Column("decided_at", sa.TIMESTAMP(timezone=True), nullable=True),
@@ -449,18 +431,12 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("alias", sa.String(length=255), nullable=False),
         sa.Column("rule_id", sa.String(length=255), nullable=False),
-        sa.Column(
-            "valid_from", sa.TIMESTAMP(timezone=True), server_default=sa.text("'-infinity'"), nullable=False
-        ),
-        sa.Column(
-            "valid_to", sa.TIMESTAMP(timezone=True), server_default=sa.text("'infinity'"), nullable=False
-        ),
+        sa.Column("valid_from", sa.TIMESTAMP(timezone=True), server_default=sa.text("'-infinity'"), nullable=False),
+        sa.Column("valid_to", sa.TIMESTAMP(timezone=True), server_default=sa.text("'infinity'"), nullable=False),
         sa.Column("actor", sa.String(length=255), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint(
-            "valid_from < valid_to AND alias <> rule_id", name=op.f("rule_aliases_sane_check")
-        ),
+        sa.CheckConstraint("valid_from < valid_to AND alias <> rule_id", name=op.f("rule_aliases_sane_check")),
         sa.PrimaryKeyConstraint("id", name=op.f("rule_aliases_pkey")),
         sa.UniqueConstraint("alias", "valid_from", name=op.f("rule_aliases_alias_valid_from_key")),
     )
@@ -490,9 +466,7 @@ def upgrade() -> None:
     op.create_table(
         "rule_transitions",
         sa.Column("kind", sa.String(length=30), nullable=False),
-        sa.Column(
-            "from_state", sa.String(length=20), nullable=False, comment="'none' before the first event"
-        ),
+        sa.Column("from_state", sa.String(length=20), nullable=False, comment="'none' before the first event"),
         sa.Column("to_state", sa.String(length=20), nullable=False),
         sa.Column("meaning", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("kind", "from_state", "to_state", name=op.f("rule_transitions_pkey")),
@@ -509,9 +483,7 @@ def upgrade() -> None:
         sa.Column("platform", sa.String(length=50), nullable=True, comment="windows | linux | macos"),
         sa.Column("severity", sa.String(length=50), nullable=True),
         sa.Column("is_disruptive", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column(
-            "requires_maintenance_window", sa.Boolean(), server_default=sa.text("false"), nullable=False
-        ),
+        sa.Column("requires_maintenance_window", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("hipaa_controls", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("version", sa.String(length=50), nullable=True),
         sa.Column("steps", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
@@ -548,18 +520,12 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("alias", sa.String(length=255), nullable=False),
         sa.Column("site_id", sa.String(length=255), nullable=False),
-        sa.Column(
-            "valid_from", sa.TIMESTAMP(timezone=True), server_default=sa.text("'-infinity'"), nullable=False
-        ),
-        sa.Column(
-            "valid_to", sa.TIMESTAMP(timezone=True), server_default=sa.text("'infinity'"), nullable=False
-        ),
+        sa.Column("valid_from", sa.TIMESTAMP(timezone=True), server_default=sa.text("'-infinity'"), nullable=False),
+        sa.Column("valid_to", sa.TIMESTAMP(timezone=True), server_default=sa.text("'infinity'"), nullable=False),
         sa.Column("actor", sa.String(length=255), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint(
-            "valid_from < valid_to AND alias <> site_id", name=op.f("site_aliases_sane_check")
-        ),
+        sa.CheckConstraint("valid_from < valid_to AND alias <> site_id", name=op.f("site_aliases_sane_check")),
         sa.PrimaryKeyConstraint("id", name=op.f("site_aliases_pkey")),
         sa.UniqueConstraint("alias", "valid_from", name=op.f("site_aliases_alias_valid_from_key")),
     )
@@ -577,16 +543,12 @@ def upgrade() -> None:
     op.create_table(
         "telemetry_rejects",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
-        sa.Column(
-            "received_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False
-        ),
+        sa.Column("received_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("source", sa.Text(), nullable=False, comment="file name, 'http' or the caller's word"),
         sa.Column("line_number", sa.BigInteger(), nullable=True, comment="1-based, in the source"),
         sa.Column("reason_code", sa.String(length=50), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
-        sa.Column(
-            "payload", sa.LargeBinary(), nullable=False, comment="raw bytes, cut at the declared limit"
-        ),
+        sa.Column("payload", sa.LargeBinary(), nullable=False, comment="raw bytes, cut at the declared limit"),
         sa.Column("payload_bytes", sa.BigInteger(), nullable=False, comment="length before any cut"),
         sa.Column("payload_hash", sa.String(length=64), nullable=False),
         sa.Column("times_seen", sa.Integer(), server_default="1", nullable=False),
@@ -598,12 +560,8 @@ def upgrade() -> None:
             comment="open | accepted | discarded",
         ),
         sa.Column("retried_at", sa.TIMESTAMP(timezone=True), nullable=True),
-        sa.Column(
-            "execution_id", sa.String(length=255), nullable=True, comment="the row it became, once accepted"
-        ),
-        sa.CheckConstraint(
-            "status IN ('open', 'accepted', 'discarded')", name=op.f("telemetry_rejects_status_check")
-        ),
+        sa.Column("execution_id", sa.String(length=255), nullable=True, comment="the row it became, once accepted"),
+        sa.CheckConstraint("status IN ('open', 'accepted', 'discarded')", name=op.f("telemetry_rejects_status_check")),
         sa.PrimaryKeyConstraint("id", name=op.f("telemetry_rejects_pkey")),
         sa.UniqueConstraint(
             "source",
@@ -615,9 +573,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "touched_cells",
-        sa.Column(
-            "site_id", sa.String(length=255), nullable=False, comment="as written, aliases not resolved"
-        ),
+        sa.Column("site_id", sa.String(length=255), nullable=False, comment="as written, aliases not resolved"),
         sa.Column("day", sa.Date(), nullable=False),
         sa.Column(
             "touched_at",
@@ -647,9 +603,7 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.CheckConstraint("verdict IN ('pass', 'fail', 'error')", name=op.f("gate_verdicts_verdict_check")),
-        sa.ForeignKeyConstraint(
-            ["batch_id"], ["refresh_batches.batch_id"], name=op.f("gate_verdicts_batch_id_fkey")
-        ),
+        sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"], name=op.f("gate_verdicts_batch_id_fkey")),
         sa.PrimaryKeyConstraint("batch_id", "gate", name=op.f("gate_verdicts_pkey")),
     )
     op.create_table(
@@ -693,9 +647,7 @@ def upgrade() -> None:
             nullable=False,
             comment="the last batch that came to the same decision; only its own batch may apply it",
         ),
-        sa.CheckConstraint(
-            "subject_kind IN ('pattern', 'rule')", name=op.f("promotion_decisions_subject_kind_check")
-        ),
+        sa.CheckConstraint("subject_kind IN ('pattern', 'rule')", name=op.f("promotion_decisions_subject_kind_check")),
         sa.ForeignKeyConstraint(
             ["batch_id"], ["refresh_batches.batch_id"], name=op.f("promotion_decisions_batch_id_fkey")
         ),
@@ -735,9 +687,7 @@ def upgrade() -> None:
             server_default=sa.text("clock_timestamp()"),
             nullable=False,
         ),
-        sa.ForeignKeyConstraint(
-            ["batch_id"], ["refresh_batches.batch_id"], name=op.f("rule_events_batch_id_fkey")
-        ),
+        sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"], name=op.f("rule_events_batch_id_fkey")),
         sa.ForeignKeyConstraint(
             ["decision_id"], ["promotion_decisions.decision_id"], name=op.f("rule_events_decision_id_fkey")
         ),
