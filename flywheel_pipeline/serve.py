@@ -23,7 +23,13 @@ from flywheel_pipeline.database.dagster_home import dagster_environment, write_d
 from flywheel_pipeline.database.settings import Settings
 from flywheel_pipeline.errors import FlywheelError, PortInUse
 
-MODULE = "flywheel_pipeline.definitions"
+WORKSPACE = """\
+# Written by Flywheel at each start: changes here are lost.
+load_from:
+  - python_module:
+      module_name: flywheel_pipeline.definitions
+      location_name: flywheel
+"""
 READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
 
@@ -90,12 +96,14 @@ def start(settings: Settings, url: sa.URL, *, host: str, port: int, daemon: bool
     require_free_port(host, port)
     write_dagster_home(settings, url)
     settings.logs.mkdir(parents=True, exist_ok=True)
+    workspace = settings.dagster_home / "workspace.yaml"
+    workspace.write_text(WORKSPACE, "utf-8")
     environment = {**os.environ, **dagster_environment(settings, url)}
     commands = {
-        "webserver": [sys.executable, "-m", "dagster_webserver", "-h", host, "-p", str(port), "-m", MODULE],
+        "webserver": [sys.executable, "-m", "dagster_webserver", "-h", host, "-p", str(port), "-w", str(workspace)],
     }
     if daemon:
-        commands["daemon"] = [sys.executable, "-m", "dagster._daemon", "run", "-m", MODULE]
+        commands["daemon"] = [sys.executable, "-m", "dagster._daemon", "run", "-w", str(workspace)]
     services = Services(f"http://{host}:{port}", settings.logs)
     try:
         for name, command in commands.items():
