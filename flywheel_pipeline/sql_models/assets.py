@@ -106,7 +106,11 @@ def column_lineage(
 
 
 def materialization_metadata(
-    connection: sa.Connection, model: SqlModel, counts: CellCounts | None = None
+    connection: sa.Connection,
+    model: SqlModel,
+    counts: CellCounts | None = None,
+    *,
+    cost_limit: float = COUNT_COST_LIMIT,
 ) -> dict[str, Any]:
     """Say what a model holds now, for a materialization in the Dagster UI.
 
@@ -117,13 +121,14 @@ def materialization_metadata(
         connection: any connection to the database.
         model: the model.
         counts: what a recompute did to a cell model.
+        cost_limit: planner cost of reading the whole model above which it is not counted.
 
     Returns:
         Metadata by name, every value acceptable to Dagster.
     """
     metadata: dict[str, Any] = {}
     rows, cost = _estimate(connection, model)
-    if cost <= COUNT_COST_LIMIT:
+    if cost <= cost_limit:
         counted = execute(connection, f"SELECT count(*) FROM {quote(model.name)}").scalar_one()
         metadata["dagster/row_count"] = int(counted)
         columns = ", ".join(quote(column) for column in model.columns)
@@ -133,7 +138,7 @@ def materialization_metadata(
     else:
         metadata["row_count_estimate"] = int(rows)
         metadata["preview"] = dg.MetadataValue.md(
-            f"Not counted: the planner expects a cost of {cost:,.0f}, above {COUNT_COST_LIMIT:,.0f}."
+            f"Not counted: the planner expects a cost of {cost:,.0f}, above {cost_limit:,.0f}."
         )
     if counts is not None:
         metadata["rows_inserted"] = counts.inserted

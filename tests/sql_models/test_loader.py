@@ -23,9 +23,7 @@ def refusal(folder: ModelFolder) -> ModelError:
 
 
 def test_a_model_says_what_its_header_and_its_select_say(folder: ModelFolder) -> None:
-    path = folder.write(
-        "rules", RULES_SQL + ";", RULE, key=["rule_id"], room="promotion", extra="tags: {tier: gold}"
-    )
+    path = folder.write("rules", RULES_SQL + ";", RULE, key=["rule_id"], room="promotion", extra="tags: {tier: gold}")
     model = folder.load().models["rules"]
     assert (model.name, model.room, model.materialized, model.cell) == ("rules", "promotion", "view", None)
     assert model.columns == {"rule_id": ("text", "the rule_id"), "enabled": ("boolean", "the enabled")}
@@ -108,10 +106,7 @@ def hash_of(folder: ModelFolder, sql: str, columns: dict[str, str] = RULE, **hea
 def test_the_content_hash_ignores_comments_white_space_case_and_prose(folder: ModelFolder) -> None:
     original = hash_of(folder, RULES_SQL)
     assert hash_of(folder, "-- why\n" + RULES_SQL + " -- because\n") == original
-    assert (
-        hash_of(folder, "/* why */ " + RULES_SQL.replace(" FROM", "\n  /* here */\nFROM") + "\n;\n")
-        == original
-    )
+    assert hash_of(folder, "/* why */ " + RULES_SQL.replace(" FROM", "\n  /* here */\nFROM") + "\n;\n") == original
     assert hash_of(folder, RULES_SQL.replace("SELECT", "select")) == original
     assert hash_of(folder, RULES_SQL, description="Another sentence.", room="aggregates") == original
 
@@ -348,15 +343,11 @@ def test_a_cell_model_may_not_depend_on_the_moment(where: str, folder: ModelFold
     )
     error = refusal(folder)
     line = path.read_text().splitlines().index(f"WHERE {where}") + 1
-    assert error.message.startswith(
-        f"models/aggregates/daily.sql:{line}: a cell model must give the same rows"
-    )
+    assert error.message.startswith(f"models/aggregates/daily.sql:{line}: a cell model must give the same rows")
 
 
 @pytest.mark.parametrize("where", MOMENTS)
-def test_a_view_may_depend_on_the_moment_unless_a_cell_model_reads_it(
-    where: str, folder: ModelFolder
-) -> None:
+def test_a_view_may_depend_on_the_moment_unless_a_cell_model_reads_it(where: str, folder: ModelFolder) -> None:
     folder.write("recent", DAY_SQL.format(where=where), DAY, key=["site_id", "day"])
     folder.load()
     folder.write(
@@ -374,9 +365,7 @@ def test_a_view_may_depend_on_the_moment_unless_a_cell_model_reads_it(
 
 def test_a_word_that_only_looks_like_the_clock_is_accepted_in_a_cell_model(folder: ModelFolder) -> None:
     where = "status <> 'now' AND error_message <> 'current_date' AND tags ->> 'today' IS NULL"
-    folder.write(
-        "daily", DAY_SQL.format(where=where), DAY, key=["site_id", "day"], materialized="cell", cell="day"
-    )
+    folder.write("daily", DAY_SQL.format(where=where), DAY, key=["site_id", "day"], materialized="cell", cell="day")
     assert folder.load().models["daily"].cell == "day"
 
 
@@ -396,9 +385,7 @@ def test_a_cell_model_may_not_read_a_rebuilt_table(folder: ModelFolder) -> None:
 def test_a_cell_of_a_day_may_not_read_a_cell_of_a_site_nor_a_cell_of_a_site_read_telemetry(
     folder: ModelFolder,
 ) -> None:
-    folder.write(
-        "daily", DAY_SQL.format(where="true"), DAY, key=["site_id", "day"], materialized="cell", cell="day"
-    )
+    folder.write("daily", DAY_SQL.format(where="true"), DAY, key=["site_id", "day"], materialized="cell", cell="day")
     site = {"site_id": "text", "n": "bigint"}
     total = "SELECT site_id, sum(n)::bigint AS n FROM daily GROUP BY site_id"
     folder.write("totals", total, site, key=["site_id"], materialized="cell", cell="site")

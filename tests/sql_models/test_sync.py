@@ -33,9 +33,7 @@ def kinds(engine: sa.Engine, *names: str) -> dict[str, str]:
 
 def oid(engine: sa.Engine, name: str) -> int:
     with engine.connect() as connection:
-        return int(
-            connection.execute(sa.text("SELECT CAST(:n AS regclass)::oid::bigint"), {"n": name}).scalar_one()
-        )
+        return int(connection.execute(sa.text("SELECT CAST(:n AS regclass)::oid::bigint"), {"n": name}).scalar_one())
 
 
 def rows(engine: sa.Engine, query: str) -> list[tuple[object, ...]]:
@@ -47,9 +45,7 @@ def rows(engine: sa.Engine, query: str) -> list[tuple[object, ...]]:
 def three_kinds(folder: ModelFolder) -> ModelFolder:
     """A view, a cell model, a table over it, and a view on the table."""
     folder.write("rules", RULES_SQL, RULE, key=["rule_id"])
-    folder.write(
-        "daily", DAY_SQL.format(where="true"), DAY, key=["site_id", "day"], materialized="cell", cell="day"
-    )
+    folder.write("daily", DAY_SQL.format(where="true"), DAY, key=["site_id", "day"], materialized="cell", cell="day")
     folder.write(
         "busy",
         "SELECT site_id, day, n FROM daily WHERE n > 1",
@@ -61,9 +57,7 @@ def three_kinds(folder: ModelFolder) -> ModelFolder:
     return folder
 
 
-def test_each_model_becomes_the_relation_that_it_asks_for(
-    bare_engine: sa.Engine, three_kinds: ModelFolder
-) -> None:
+def test_each_model_becomes_the_relation_that_it_asks_for(bare_engine: sa.Engine, three_kinds: ModelFolder) -> None:
     assert sync(bare_engine, three_kinds) == [
         "created cell daily",
         "created view rules",
@@ -108,9 +102,7 @@ def test_a_comment_in_the_sql_rebuilds_nothing_and_a_new_description_only_descri
     before = oid(bare_engine, "rules")
     folder.write("rules", "-- every rule\n" + RULES_SQL, RULE, key=["rule_id"])
     assert sync(bare_engine, folder) == []
-    folder.write(
-        "rules", RULES_SQL, RULE, key=["rule_id"], description="It's 100 % of the rules, all of them."
-    )
+    folder.write("rules", RULES_SQL, RULE, key=["rule_id"], description="It's 100 % of the rules, all of them.")
     assert sync(bare_engine, folder) == ["described view rules"]
     assert sync(bare_engine, folder) == []
     assert oid(bare_engine, "rules") == before
@@ -119,9 +111,7 @@ def test_a_comment_in_the_sql_rebuilds_nothing_and_a_new_description_only_descri
     ]
 
 
-def test_a_changed_view_is_created_anew_with_all_that_read_it(
-    bare_engine: sa.Engine, folder: ModelFolder
-) -> None:
+def test_a_changed_view_is_created_anew_with_all_that_read_it(bare_engine: sa.Engine, folder: ModelFolder) -> None:
     folder.write("base", RULES_SQL, RULE, key=["rule_id"])
     folder.write("middle", "SELECT rule_id, enabled FROM base", RULE, key=["rule_id"])
     folder.write("top", "SELECT rule_id, enabled FROM middle", RULE, key=["rule_id"])
@@ -149,9 +139,7 @@ def test_views_that_swap_who_reads_whom_are_replaced(bare_engine: sa.Engine, fol
     assert sync(bare_engine, folder) == ["replaced view two", "replaced view one"]
 
 
-def test_models_that_are_gone_are_dropped_with_their_record(
-    bare_engine: sa.Engine, three_kinds: ModelFolder
-) -> None:
+def test_models_that_are_gone_are_dropped_with_their_record(bare_engine: sa.Engine, three_kinds: ModelFolder) -> None:
     sync(bare_engine, three_kinds)
     for name in ("busiest", "busy", "daily"):
         three_kinds.remove(name)
@@ -210,9 +198,7 @@ def test_a_changed_cell_model_keeps_its_rows_until_the_refresh_and_touches_every
     assert sync(bare_engine, three_kinds) == []
 
 
-def test_a_changed_view_under_a_cell_model_touches_every_cell(
-    bare_engine: sa.Engine, folder: ModelFolder
-) -> None:
+def test_a_changed_view_under_a_cell_model_touches_every_cell(bare_engine: sa.Engine, folder: ModelFolder) -> None:
     folder.write("events", DAY_SQL.format(where="true"), DAY, key=["site_id", "day"])
     folder.write(
         "daily",
@@ -241,9 +227,7 @@ def test_a_cell_model_with_other_columns_gets_a_new_table_and_its_readers_follow
     three_kinds.write("seen", "SELECT site_id, day, n FROM daily", DAY, key=["site_id", "day"])
     sync(bare_engine, three_kinds)
     wider = {**DAY, "failures": "bigint"}
-    sql = DAY_SQL.format(where="true").replace(
-        "AS n", "AS n, count(*) FILTER (WHERE NOT success) AS failures"
-    )
+    sql = DAY_SQL.format(where="true").replace("AS n", "AS n, count(*) FILTER (WHERE NOT success) AS failures")
     three_kinds.write("daily", sql, wider, key=["site_id", "day"], materialized="cell", cell="day")
     assert sync(bare_engine, three_kinds) == [
         "replaced cell daily",
@@ -279,9 +263,7 @@ def test_a_declared_precision_must_be_the_real_one(bare_engine: sa.Engine, folde
     folder.write("costs", sql, columns, key=["execution_id"])
     sync(bare_engine, folder)
     folder.write("costs", sql, {**columns, "cost_usd": "numeric(10, 2)"}, key=["execution_id"])
-    assert (
-        "cost_usd is declared as numeric(10, 2) and is numeric(12,6)" in refusal(bare_engine, folder).message
-    )
+    assert "cost_usd is declared as numeric(10, 2) and is numeric(12,6)" in refusal(bare_engine, folder).message
 
 
 def test_a_type_that_postgresql_does_not_know_is_refused(bare_engine: sa.Engine, folder: ModelFolder) -> None:
@@ -289,9 +271,7 @@ def test_a_type_that_postgresql_does_not_know_is_refused(bare_engine: sa.Engine,
     assert "bool_ean, which is no type of PostgreSQL" in refusal(bare_engine, folder).message
 
 
-def test_what_postgresql_refuses_is_told_with_the_line_of_the_file(
-    bare_engine: sa.Engine, folder: ModelFolder
-) -> None:
+def test_what_postgresql_refuses_is_told_with_the_line_of_the_file(bare_engine: sa.Engine, folder: ModelFolder) -> None:
     path = folder.write(
         "rules",
         "SELECT r.rule_id::text AS rule_id,\n  r.enabld AS enabled\nFROM l1_rules AS r",
@@ -426,9 +406,7 @@ def test_a_table_with_two_rows_of_one_key_is_refused_and_the_old_one_stays(
     assert rows(bare_engine, "SELECT count(*) FROM busy") == [(0,)]
 
 
-def test_a_swap_that_is_rolled_back_leaves_the_old_table(
-    bare_engine: sa.Engine, three_kinds: ModelFolder
-) -> None:
+def test_a_swap_that_is_rolled_back_leaves_the_old_table(bare_engine: sa.Engine, three_kinds: ModelFolder) -> None:
     graph = three_kinds.load()
     sync(bare_engine, three_kinds)
     before = oid(bare_engine, "busy")
