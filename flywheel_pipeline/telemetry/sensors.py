@@ -32,25 +32,37 @@ def waiting_cells(engine: sa.Engine) -> int:
         )
 
 
-def wait_for_telemetry(engine: sa.Engine, seconds: float) -> int:
-    """Return the number of waiting cells as soon as there are any, or 0 after `seconds`."""
+def waiting_acts(engine: sa.Engine) -> int:
+    """Count the approvals and thaws that no batch has decided with yet."""
+    with engine.connect() as connection:
+        return int(
+            connection.execute(
+                sa.text(
+                    "SELECT count(*) FROM human_acts WHERE act IN ('approve', 'thaw') AND acted_at > "
+                    "coalesce((SELECT max(opened_at) FROM refresh_batches WHERE refreshed_at IS NOT NULL), '-infinity')"
+                )
+            ).scalar_one()
+        )
+
+
+def wait_for_work(engine: sa.Engine, seconds: float) -> tuple[int, int]:
+    """Return (waiting site-days, waiting human acts) as soon as there are any, or (0, 0) after `seconds`."""
     deadline = time.monotonic() + seconds
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(url, autocommit=True) as listener:
         listener.execute("LISTEN flywheel_telemetry")
         while True:
             # Asked after LISTEN, so that a commit between the two cannot be missed.
-            if cells := waiting_cells(engine):
-                return cells
+            cells, acts = waiting_cells(engine), waiting_acts(engine)
             left = deadline - time.monotonic()
-            if left <= 0:
-                return 0
+            if cells or acts or left <= 0:
+                return cells, acts
             for _ in listener.notifies(timeout=left, stop_after=1):
                 pass
 
 
 def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg.SensorDefinition:
-    """Build the sensor that runs the job of this name when the outbox is not empty and no run of it, or of `others`, is unfinished."""
+    """Build the sensor that runs the job of this name when the outbox is not empty, or an approval waits, and no run of it, or of `others`, is unfinished."""
 
     @dg.sensor(
         name="new_telemetry",
@@ -66,15 +78,27 @@ def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg
                 for name in (job_name, *others)
             )
 
-        if unfinished := busy():
+        # A run at work is waited for inside the tick too: the next tick may be five seconds away.
+        deadline = time.monotonic() + WAIT_SECONDS
+        while unfinished := busy():
+            if time.monotonic() >= deadline:
+                return dg.SkipReason(
+                    f"{unfinished} unfinished run of {job_name}; {waiting_cells(database.engine)} site-days wait for it."
+                )
+            time.sleep(0.25)
+        cells, acts = wait_for_work(database.engine, max(deadline - time.monotonic(), 0.0))
+        if not cells and not acts:
             return dg.SkipReason(
-                f"{unfinished} unfinished run of {job_name}; {waiting_cells(database.engine)} site-days wait for it."
+                f"0 site-days in the outbox and 0 undecided approvals for {WAIT_SECONDS:.0f} s: nothing new."
             )
-        cells = wait_for_telemetry(database.engine, WAIT_SECONDS)
-        if not cells:
-            return dg.SkipReason(f"0 site-days in the outbox for {WAIT_SECONDS:.0f} s: nothing new.")
         if unfinished := busy():
             return dg.SkipReason(f"{unfinished} unfinished run of {job_name} will take the {cells} waiting site-days.")
-        return dg.RunRequest(tags={"flywheel/trigger": "new_telemetry", "flywheel/waiting_cells": str(cells)})
+        return dg.RunRequest(
+            tags={
+                "flywheel/trigger": "new_telemetry" if cells else "human_act",
+                "flywheel/waiting_cells": str(cells),
+                "flywheel/waiting_acts": str(acts),
+            }
+        )
 
     return new_telemetry

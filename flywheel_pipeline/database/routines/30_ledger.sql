@@ -239,3 +239,11 @@ BEGIN
 END $$;
 DROP TRIGGER IF EXISTS flywheel_guard_decision ON promotion_decisions;
 CREATE TRIGGER flywheel_guard_decision BEFORE UPDATE ON promotion_decisions FOR EACH ROW EXECUTE FUNCTION flywheel_guard_decision();
+
+CREATE OR REPLACE FUNCTION flywheel_notify_act() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_notify('flywheel_telemetry', '');  -- the sensor decides again with a new approval
+  RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS flywheel_notify_act ON human_acts;
+CREATE TRIGGER flywheel_notify_act AFTER INSERT ON human_acts FOR EACH STATEMENT EXECUTE FUNCTION flywheel_notify_act();
