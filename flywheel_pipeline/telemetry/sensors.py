@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.database.resource import FlywheelDatabase
 
 WAIT_SECONDS = 20.0
+RETRY_AFTER_SECONDS = 30.0
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -93,6 +94,15 @@ def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg
             )
         if unfinished := busy():
             return dg.SkipReason(f"{unfinished} unfinished run of {job_name} will take the {cells} waiting site-days.")
+        last = context.instance.get_run_records(dg.RunsFilter(job_name=job_name), limit=1)
+        if last and last[0].dagster_run.status == dg.DagsterRunStatus.FAILURE and last[0].end_time is not None:
+            # What failed will mostly fail again: a broken refresh is not tried every few seconds.
+            age = time.time() - last[0].end_time
+            if age < RETRY_AFTER_SECONDS:
+                return dg.SkipReason(
+                    f"The last run failed {age:.0f} s ago; {cells} site-days and {acts} approvals are tried again in "
+                    f"{RETRY_AFTER_SECONDS - age:.0f} s."
+                )
         return dg.RunRequest(
             tags={
                 "flywheel/trigger": "new_telemetry" if cells else "human_act",
