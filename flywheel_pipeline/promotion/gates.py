@@ -136,7 +136,11 @@ def _executable(runbook_id: str | None, problem: str | None) -> GateResult:
 
 
 def _conditions(e: PatternEvidence) -> GateResult:
-    named = any(str(value).strip() for key, value in e.conditions.items() if key in ("incident_type", "check_type"))
+    named = any(
+        isinstance(value, str) and value.strip()
+        for key, value in e.conditions.items()
+        if key in ("incident_type", "check_type")
+    )
     return GateResult(
         "match_conditions",
         "pass" if named else "fail",
@@ -200,7 +204,12 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
 
 
 def _high_risk(e: PatternEvidence, policy: Policy) -> bool:
-    return e.is_disruptive or (e.category or "").lower() in policy.approval.high_risk_categories
+    # A runbook whose category nobody stated might be of any class: it is taken for the worst.
+    return (
+        e.is_disruptive
+        or e.category is None
+        or e.category.strip().lower() in ("", *policy.approval.high_risk_categories)
+    )
 
 
 def _matches(e: PatternEvidence, policy: Policy) -> GateResult:
@@ -398,13 +407,27 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
 
 
 def leave_one_out(sites: tuple[SiteEvidence, ...], floor: float) -> tuple[float, str | None]:
-    """Return the least log E over dropping any one site, and that site; (0, None) without sites."""
+    """Return the least log E over dropping any one site, and that site (the first of equals); (0, None) without sites.
+
+    log E grows with each success and falls with each failure, so among sites with equally many failures only the one
+    with most successes can be worst to lose, and only if no site with fewer failures has as many.
+    """
     s, f = sum(x.successes for x in sites), sum(x.failures for x in sites)
+    best: dict[int, SiteEvidence] = {}
+    for site in sites:
+        known = best.get(site.failures)
+        if known is None or site.successes > known.successes:
+            best[site.failures] = site
     worst: tuple[float, str | None] = (0.0, None)
-    for i, site in enumerate(sites):
+    most = -1
+    for failures in sorted(best):
+        site = best[failures]
+        if site.successes <= most:
+            continue
         value = evalue.log_e(s - site.successes, f - site.failures, floor)
-        if i == 0 or value < worst[0]:
+        if most < 0 or value < worst[0]:
             worst = (value, site.site_id)
+        most = site.successes
     return worst
 
 
@@ -433,28 +456,36 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
         `promote` (threshold) or `advance` (sequential) with the target state if every gate passes; `reject` if the
         evidence itself speaks against it; `expired` if it stayed inconclusive too long; else `hold`.
     """
-    if policy.kind == "threshold":
-        gates = _threshold_gates(evidence, policy)
-        return _conclude("promote", "fleet", gates, {})
     target = NEXT_STAGE.get(evidence.stage)
-    if target is None:
-        gate = GateResult("stage", "fail", evidence.stage, "a stage before fleet", f"It is {evidence.stage} already.")
-        return Decision("hold", None, gate.sentence, (gate,))
-    gates = _admission(evidence, policy)
-    tested = "canary" if target == "shadow" else target
+    gates = [] if target else [_no_next_stage(evidence)]
+    if policy.kind == "threshold":
+        if evidence.stage in ("none", "proposed"):
+            target = "fleet"
+        gates += _threshold_gates(evidence, policy)
+        return _conclude("promote", target, gates, {})
+    gates += _admission(evidence, policy)
+    tested = "canary" if target == "shadow" else target or "fleet"
     statistics, figures = _statistics(evidence, policy, tested)
     if target == "shadow":
-        # Shadow runs nothing: it needs no proof of success, but nothing that is already refuted enters it.
+        # Shadow runs nothing: it needs no proof of success, but some rated episode, and nothing refuted enters it.
         first = statistics[0]
+        rated = sum(evidence.rated)
         if first.verdict == "inconclusive":
-            statistics[0] = GateResult(first.gate, "pass", first.observed, "not refuted", first.sentence)
+            statistics[0] = GateResult(
+                first.gate,
+                "pass" if rated else "inconclusive",
+                first.observed,
+                "at least one rated episode, and not refuted",
+                first.sentence if rated else "No episode of it is rated yet: none was both settled and verified.",
+            )
     if target == "canary":
         gates.append(_shadow(evidence, policy))
     gates += statistics
-    approval = _approval(evidence, policy, target)
+    approval = _approval(evidence, policy, target or "fleet")
     if approval is not None:
         gates.append(approval)
-    undecided = any(g.verdict == "inconclusive" for g in gates)
+    # Only evidence expires: a candidate that waits for its shadow time, for a check or for a name does not.
+    undecided = any(g.verdict == "inconclusive" for g in statistics)
     if undecided and not evidence.approvers:
         expiry = _expiry(evidence, policy)
         if expiry is not None:
@@ -462,7 +493,18 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
     return _conclude("advance", target, gates, figures)
 
 
-def _conclude(good: PatternVerdict, target: str, gates: list[GateResult], figures: Mapping[str, str]) -> Decision:
+def _no_next_stage(e: PatternEvidence) -> GateResult:
+    sentence = {
+        "fleet": "Its rule serves the whole fleet already.",
+        "quarantined": "Its rule is quarantined: only a re-admission with changed content begins again.",
+        "retired": "Its rule is retired, for ever.",
+    }.get(e.stage, f"Nothing follows the stage {e.stage or 'unknown'}.")
+    return GateResult("stage", "fail", e.stage or "unknown", "a stage before fleet", sentence)
+
+
+def _conclude(
+    good: PatternVerdict, target: str | None, gates: list[GateResult], figures: Mapping[str, str]
+) -> Decision:
     open_gates = [g for g in gates if g.verdict != "pass"]
     if not open_gates:
         return Decision(good, target, f"All {len(gates)} gates pass: {gates[-1].sentence}", tuple(gates), figures)

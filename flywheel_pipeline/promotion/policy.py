@@ -22,7 +22,8 @@ Fraction = Field(gt=0.0, lt=1.0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    # Strict: "5" is no number and 1 is no yes. Where YAML and JSON have lists, fields say so themselves.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Threshold(_Strict):
@@ -91,7 +92,9 @@ class Approval(_Strict):
     required_always: bool = False
     required_for_disruptive: bool = True
     min_active_sites_without: int = Field(default=10, ge=0)
-    high_risk_categories: tuple[str, ...] = ("disk", "reboot", "credentials", "network")
+    high_risk_categories: tuple[str, ...] = Field(
+        default=("disk", "reboot", "credentials", "network", "network_security"), strict=False
+    )
 
 
 class Demotion(_Strict):
@@ -109,7 +112,7 @@ class Override(_Strict):
     """Stricter stage gates for incident types that match a shell pattern, e.g. `bitlocker*`."""
 
     incident_type: str = Field(min_length=1)
-    stages: dict[Literal["canary", "ring", "fleet"], StageGate]
+    stages: dict[Literal["canary", "ring", "fleet"], StageGate] = Field(min_length=1)
 
 
 class Policy(_Strict):
@@ -130,7 +133,7 @@ class Policy(_Strict):
     limits: Limits = Limits()
     approval: Approval = Approval()
     demotion: Demotion
-    overrides: tuple[Override, ...] = ()
+    overrides: tuple[Override, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
     def _complete(self) -> Policy:
@@ -140,6 +143,21 @@ class Policy(_Strict):
             raise ValueError("a sequential policy needs the stages canary, ring and fleet")
         if self.kind == "sequential" and self.threshold is not None:
             raise ValueError("a sequential policy reads no `threshold`")
+        if self.kind == "threshold":
+            unread = sorted(_SEQUENTIAL_ONLY & self.model_fields_set & _differing(self))
+            if unread:
+                raise ValueError(f"a threshold policy does not read {', '.join(unread)}")
+            return self
+        # The strictest of stage, override and class counts, so a looser one would be a value that nobody reads.
+        stricter = [
+            (f"override {o.incident_type}", name, gate) for o in self.overrides for name, gate in o.stages.items()
+        ]
+        if self.high_risk is not None:
+            stricter += [("high_risk", name, self.high_risk) for name in self.stages]
+        for what, name, gate in stricter:
+            stage = self.stages[name]
+            if gate.floor < stage.floor or gate.alpha > stage.alpha:
+                raise ValueError(f"{what} is looser than the stage {name}; it can only be stricter")
         return self
 
     @cached_property
@@ -157,9 +175,9 @@ class Policy(_Strict):
         if not gates:
             raise PolicyError(f"Policy {self.name} has no stage {stage}.")
         for override in self.overrides:
-            if fnmatch.fnmatchcase(incident_type, override.incident_type):
+            if fnmatch.fnmatchcase(incident_type.lower(), override.incident_type.lower()):
                 gates += [gate for name, gate in override.stages.items() if name == stage]
-        if high_risk and self.high_risk is not None and stage != "canary":
+        if high_risk and self.high_risk is not None:
             gates.append(self.high_risk)
         return StageGate(floor=max(g.floor for g in gates), alpha=min(g.alpha for g in gates))
 
@@ -173,9 +191,40 @@ class Policy(_Strict):
         return self.stage_gate(entering, incident_type).floor, 1
 
 
+_SEQUENTIAL_ONLY = frozenset(
+    {"stages", "high_risk", "evidence", "admission", "quorum", "shadow", "expiry", "approval", "overrides"}
+)
+
+
+def _differing(policy: Policy) -> set[str]:
+    """Return the fields that differ from their defaults: a certificate carries a policy with all its defaults."""
+    return {
+        name
+        for name, field in Policy.model_fields.items()
+        if getattr(policy, name) != field.get_default(call_default_factory=True)
+    }
+
+
 def canonical(value: Any) -> str:
-    """Return JSON with sorted keys and no spaces: one text for one value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """Return JSON with sorted keys and no spaces: one text for one value.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity, which JSON does not know.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two, plain YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
 def policy_names() -> list[str]:
@@ -203,7 +252,7 @@ def parse_policy(text: str, name: str) -> Policy:
         PolicyError: not YAML, an unknown key, a missing one, or a value out of range; the message names it.
     """
     try:
-        policy = Policy.model_validate(yaml.safe_load(text))
+        policy = Policy.model_validate(yaml.load(text, Loader=_NoDuplicates))  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise PolicyError(f"Policy {name} is not valid YAML: {error}.") from error
     except ValidationError as error:
