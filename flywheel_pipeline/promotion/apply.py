@@ -28,10 +28,15 @@ _AT_ONCE = {("none", "fleet"), ("proposed", "fleet")}
 
 @dataclass(frozen=True)
 class Applied:
-    """What one batch applied: (rule id, new state) moved; (subject, reason) held although decided for."""
+    """What one batch applied: (rule id, new state) moved; (subject, reason) held although decided for.
+
+    `gates_unmet`: they are held because the batch did not pass its gates. Other holds (a freeze, the limit of one run,
+    evidence that changed meanwhile) are the ordinary course of things.
+    """
 
     moved: tuple[tuple[str, str], ...]
     held: tuple[tuple[str, str], ...]
+    gates_unmet: bool = False
 
 
 def lock_promotion(connection: sa.Connection) -> None:
@@ -62,7 +67,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
     unmet = unmet_gates(connection, batch.batch_id)
     if unmet:
         why = "the batch did not pass its gates: " + ", ".join(f"{gate} {v}" for gate, v in unmet.items())
-        return Applied((), tuple((row.subject_id, why) for row in rows))
+        return Applied((), tuple((row.subject_id, why) for row in rows), gates_unmet=True)
     frozen = connection.execute(
         sa.text(
             "SELECT act, actor, reason FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1"

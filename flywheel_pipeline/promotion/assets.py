@@ -119,7 +119,7 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
             "builtin": counts.builtin,
         },
     )
-    if applied.held and not applied.moved:
+    if applied.gates_unmet:
         raise dg.Failure(
             description=f"{len(applied.held)} promotions are held: {applied.held[0][1]}.",
             metadata={"held": dg.MetadataValue.md(markdown_table([{"subject": s, "why": w} for s, w in applied.held]))},

@@ -59,10 +59,9 @@ class Graph:
     def run(self, *, assets: Iterable[str] | None = None, **tags: str) -> dg.ExecuteInProcessResult:
         """Run the job `pipeline`, or the given assets of it without any check, as the UI's launchpad can."""
         job = self.definitions.resolve_job_def(PIPELINE_JOB)
-        chosen = None if assets is None else [dg.AssetKey(name) for name in assets]
-        return job.execute_in_process(
-            instance=self.instance, asset_selection=chosen, raise_on_error=False, tags=tags, run_config=dict(QUIET)
-        )
+        if assets is not None:
+            job = job.get_subset(asset_selection={dg.AssetKey(name) for name in assets}, asset_check_selection=set())
+        return job.execute_in_process(instance=self.instance, raise_on_error=False, tags=tags, run_config=dict(QUIET))
 
     def rows(self, query: str, **values: Any) -> list[dict[str, Any]]:
         """Return the rows of a query."""
@@ -135,6 +134,6 @@ def failed_steps(result: dg.ExecuteInProcessResult) -> set[str]:
     return {event.step_key for event in result.all_events if event.is_step_failure and event.step_key}
 
 
-def skipped_steps(result: dg.ExecuteInProcessResult) -> set[str]:
-    """Return the keys of the steps that did not run because something before them failed."""
-    return {event.step_key for event in result.all_events if event.is_step_skipped and event.step_key}
+def finished_steps(result: dg.ExecuteInProcessResult) -> set[str]:
+    """Return the keys of the steps that ran to their end; what stands behind a failed gate is not among them."""
+    return {event.step_key for event in result.all_events if event.is_step_success and event.step_key}
