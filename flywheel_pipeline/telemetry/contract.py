@@ -90,7 +90,7 @@ def _micro_dollars(value: Decimal) -> Decimal:
     return value.quantize(Decimal("0.000001"))
 
 
-_Name = Annotated[str, StringConstraints(max_length=255, pattern=r"\S")]
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 _Text50 = Annotated[str, StringConstraints(max_length=50)]
 _Text100 = Annotated[str, StringConstraints(max_length=100)]
 _Text255 = Annotated[str, StringConstraints(max_length=255)]
@@ -293,7 +293,11 @@ def _checked(
     received_at: datetime,
 ) -> ParsedRow | Reject:
     values = (site_id, reported_at, created_at, *_execution_values(execution.__dict__))
-    reject = _skewed(execution, reported_at, created_at, received_at) or _contradiction(execution)
+    reject = (
+        _blank(execution, site_id)
+        or _skewed(execution, reported_at, created_at, received_at)
+        or _contradiction(execution)
+    )
     if reject is not None:
         return reject
     if b"\\u0000" in raw:
@@ -301,6 +305,19 @@ def _checked(
             if isinstance(value, str) and _holds_nul(name, value):
                 return Reject("nul_character", f"{name} holds a NUL character: {_shown(value)}")
     return ParsedRow(line_number, execution.execution_id, values)
+
+
+def _blank(execution: Execution, site_id: str) -> Reject | None:
+    for name, text in (
+        ("execution_id", execution.execution_id),
+        ("site_id", site_id),
+        ("hostname", execution.hostname),
+        ("runbook_id", execution.runbook_id),
+    ):
+        if text.isspace():
+            code = "missing_execution_id" if name == "execution_id" else "missing_field"
+            return Reject(code, f"{name} is blank: {_shown(text)}")
+    return None
 
 
 def _skewed(
@@ -389,7 +406,6 @@ _CODES: Final[Mapping[str, str]] = {
     "extra_forbidden": "unknown_field",
     "missing": "missing_field",
     "string_too_short": "missing_field",
-    "string_pattern_mismatch": "missing_field",
     "string_too_long": "too_long",
     "greater_than_equal": "out_of_range",
     "less_than_equal": "out_of_range",
@@ -404,7 +420,7 @@ _WORDS: Final[Mapping[str, str]] = {
     "extra_forbidden": "is no field of the contract",
     "string_type": "must be a text",
     "bool_type": "must be true or false",
-    "string_pattern_mismatch": "is blank",
+    "string_too_short": "is blank",
     "string_too_long": "is too long",
     "model_type": "must be an object",
 }

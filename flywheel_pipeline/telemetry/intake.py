@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,9 +30,9 @@ from flywheel_pipeline.telemetry.files import Record, read_records
 from flywheel_pipeline.telemetry.landing import land
 from flywheel_pipeline.telemetry.rejects import RefusedRow, record
 
-#: A chunk is one transaction: at most so many records, and so many bytes of them held in memory.
+#: A chunk is one transaction: at most so many records, and so many bytes of them. Two are held in memory.
 CHUNK_RECORDS: Final = 20_000
-CHUNK_BYTES: Final = 32 << 20
+CHUNK_BYTES: Final = 16 << 20
 #: So many ids of rejects a report carries; the table has them all.
 REPORTED_IDS: Final = 1_000
 
@@ -104,23 +105,59 @@ def import_file(
     path = Path(path)
     received_at = received_at or datetime.now(UTC)
     report = IntakeReport(source or os.fsencode(path.name).decode(errors="replace"))
-    chunk: list[Record] = []
-    held_bytes = 0
-    fraction = 0.0
-    for item in read_records(path, received_at):
-        chunk.append(item)
-        held_bytes += len(item.payload)
-        fraction = item.fraction
-        if len(chunk) >= CHUNK_RECORDS or held_bytes >= CHUNK_BYTES:
-            _land_chunk(engine, chunk, received_at, report)
-            if progress:
-                progress(report.read, fraction)
-            chunk, held_bytes = [], 0
-    if chunk:
-        _land_chunk(engine, chunk, received_at, report)
-    if progress:
-        progress(report.read, 1.0)
+    # One chunk lands in a thread, which mostly waits for PostgreSQL, while the next one is read.
+    with ThreadPoolExecutor(1, thread_name_prefix="flywheel-intake") as pool:
+        landing: Future[float] | None = None
+        for chunk in _chunks(read_records(path, received_at)):
+            if landing is not None:
+                _tell(progress, report, landing.result())
+            landing = pool.submit(_land_chunk, engine, chunk, received_at, report)
+        if landing is not None:
+            landing.result()
+    _tell(progress, report, 1.0)
     return report
+
+
+def _tell(progress: Progress | None, report: IntakeReport, fraction: float) -> None:
+    if progress:
+        progress(report.read, fraction)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Records to land in one transaction; of good ones the row and its bytes, without the record around them.
+
+    Fewer objects that live long: keeping the records cost a sixth of the import in garbage collection.
+    """
+
+    rows: list[ParsedRow] = field(default_factory=list)
+    payloads: list[bytes] = field(default_factory=list)
+    refused: list[RefusedRow] = field(default_factory=list)
+    fraction: float = 0.0
+
+    def refuse(self, position: int, reject: Reject) -> None:
+        """Count the row at `position` among the refused ones."""
+        line_number = self.rows[position].line_number
+        self.refused.append(RefusedRow.of(line_number, reject, self.payloads[position]))
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[_Chunk]:
+    chunk = _Chunk()
+    held_records = held_bytes = 0
+    for item in records:
+        if isinstance(item.outcome, Reject):
+            chunk.refused.append(item.refused(item.outcome))
+        else:
+            chunk.rows.append(item.outcome)
+            chunk.payloads.append(item.payload)
+        chunk.fraction = item.fraction
+        held_records += 1
+        held_bytes += len(item.payload)
+        if held_records >= CHUNK_RECORDS or held_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, held_records, held_bytes = _Chunk(), 0, 0
+    if held_records:
+        yield chunk
 
 
 def post_execution(
@@ -158,28 +195,23 @@ def post_execution(
     return PostResult("rejected", execution_id, reject.reason_code, reject.reason, reject_id)
 
 
-def _land_chunk(engine: sa.Engine, chunk: list[Record], received_at: datetime, report: IntakeReport) -> None:
-    rows: list[ParsedRow] = []
-    records: list[Record] = []
-    refused: list[RefusedRow] = []
-    for item in chunk:
-        if isinstance(item.outcome, Reject):
-            refused.append(item.refused(item.outcome))
-        else:
-            rows.append(item.outcome)
-            records.append(item)
+def _land_chunk(engine: sa.Engine, chunk: _Chunk, received_at: datetime, report: IntakeReport) -> float:
+    """Land one chunk in one transaction, add it to the report, and return the share of the file that is in."""
+    read = len(chunk.rows) + len(chunk.refused)
     with _transaction(engine) as connection:
-        landed = land(connection, rows)
-        refused += [records[position].refused(reject) for position, reject in landed.refused.items()]
-        ids = record(connection, report.source, received_at, refused)
-    report.read += len(chunk)
+        landed = land(connection, chunk.rows)
+        for position, reject in landed.refused.items():
+            chunk.refuse(position, reject)
+        ids = record(connection, report.source, received_at, chunk.refused)
+    report.read += read
     report.inserted += landed.inserted
     report.corrected += landed.corrected
     report.unchanged += landed.repeated + landed.superseded
     report.superseded += landed.superseded
-    report.rejected += len(refused)
-    report.reasons.update(row.reject.reason_code for row in refused)
+    report.rejected += len(chunk.refused)
+    report.reasons.update(row.reject.reason_code for row in chunk.refused)
     report.reject_ids += ids[: max(REPORTED_IDS - len(report.reject_ids), 0)]
+    return chunk.fraction
 
 
 @contextmanager

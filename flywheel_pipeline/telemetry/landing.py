@@ -18,6 +18,7 @@ from typing import Any, Final
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
+from psycopg.copy import LibpqWriter
 from psycopg.types.json import set_json_dumps
 
 from flywheel_pipeline.database.tables import execution_telemetry
@@ -29,6 +30,8 @@ _REFUSALS: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.Ra
 _IDENTITY: Final = ("execution_id", "site_id", "hostname")
 _CONTENT: Final = tuple(name for name in COLUMNS if name not in (*_IDENTITY, "reported_at", "created_at"))
 _ANALYZE_FROM_ROWS: Final = 1_000
+#: Each flush lets go of the interpreter lock, and gets it back 5 ms later when another thread reads a file.
+_FLUSH_BYTES: Final = 4 << 20
 _REPORTED_AT: Final = COLUMNS.index("reported_at")
 _COPY_TYPES: Final[tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...]] = (
     (sa.Boolean, "bool"),
@@ -97,7 +100,7 @@ def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]
     with connection.cursor() as cursor:
         cursor.execute(_EMPTY)
         set_json_dumps(str, cursor)  # the JSON columns hold JSON text already
-        with cursor.copy(_COPY) as copy:
+        with cursor.copy(_COPY, writer=LibpqWriter(cursor, flush_threshold=_FLUSH_BYTES)) as copy:
             copy.set_types(_STAGED_TYPES)
             for version, staged in enumerate(rounds):
                 for position, row in staged:

@@ -15,9 +15,7 @@ NOW = datetime(2026, 2, 15, 12, 0, tzinfo=UTC)
 SITE = "north-valley-dental"
 
 
-def post(
-    execution_id: str = "exec-1", *, site_id: str = SITE, reported: float = 0, **fields: Any
-) -> dict[str, Any]:
+def post(execution_id: str = "exec-1", *, site_id: str = SITE, reported: float = 0, **fields: Any) -> dict[str, Any]:
     """A post that keeps the contract; `reported` minutes after 10:00, `fields` set or replaced."""
     execution = {
         "execution_id": execution_id,

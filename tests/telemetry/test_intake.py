@@ -25,9 +25,7 @@ from flywheel_pipeline.telemetry.contract import LINE_LIMIT_BYTES
 from flywheel_pipeline.telemetry.intake import IntakeReport, import_file, post_execution
 
 #: Databases are made once a test, so examples of one test share one; each empties it first.
-EXAMPLES = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EXAMPLES = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def take(engine: sa.Engine, path: Path, **options: Any) -> IntakeReport:
@@ -109,9 +107,7 @@ def test_a_version_that_arrives_late_does_not_undo_a_newer_one(engine: sa.Engine
         (post(reported=5, started_at="2026-02-15T08:00:00Z"), "started_at"),
     ],
 )
-def test_an_execution_cannot_change_its_site_host_or_start(
-    engine: sa.Engine, other: dict[str, Any], named: str
-):
+def test_an_execution_cannot_change_its_site_host_or_start(engine: sa.Engine, other: dict[str, Any], named: str):
     post_execution(engine, post(), received_at=NOW)
     stored = rows(engine)
     result = post_execution(engine, other, received_at=NOW)
@@ -149,9 +145,7 @@ def test_a_post_may_hold_times_as_values(engine: sa.Engine):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_each_bad_line_is_rejected_with_its_number_and_every_good_line_lands(
-    engine: sa.Engine, tmp_path: Path
-):
+def test_each_bad_line_is_rejected_with_its_number_and_every_good_line_lands(engine: sa.Engine, tmp_path: Path):
     missing = post("exec-missing")
     del missing["execution"]["execution_id"]
     path = ndjson(
@@ -196,9 +190,7 @@ def test_each_bad_line_is_rejected_with_its_number_and_every_good_line_lands(
     assert report.reasons == Counter(row.reason_code for row in found)
 
 
-def test_a_line_of_ten_megabytes_is_cut_but_its_length_and_hash_are_of_the_whole(
-    engine: sa.Engine, tmp_path: Path
-):
+def test_a_line_of_ten_megabytes_is_cut_but_its_length_and_hash_are_of_the_whole(engine: sa.Engine, tmp_path: Path):
     take(engine, ndjson(tmp_path / "a.ndjson", b"x" * 10_000_000, post()))
     take(engine, ndjson(tmp_path / "a.ndjson", b"x" * 9_999_999 + b"y", post()))
     assert scalar(engine, "SELECT max(octet_length(payload)) FROM telemetry_rejects") == LINE_LIMIT_BYTES
@@ -206,9 +198,7 @@ def test_a_line_of_ten_megabytes_is_cut_but_its_length_and_hash_are_of_the_whole
     assert rows(engine).keys() == {"exec-1"}
 
 
-@pytest.mark.parametrize(
-    "length", [LINE_LIMIT_BYTES - 1, LINE_LIMIT_BYTES, LINE_LIMIT_BYTES + 1, LINE_LIMIT_BYTES + 2]
-)
+@pytest.mark.parametrize("length", [LINE_LIMIT_BYTES - 1, LINE_LIMIT_BYTES, LINE_LIMIT_BYTES + 1, LINE_LIMIT_BYTES + 2])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
 def test_lines_around_the_limit_never_swallow_their_neighbours(
     engine: sa.Engine, tmp_path: Path, length: int, end: bytes
@@ -220,9 +210,7 @@ def test_lines_around_the_limit_never_swallow_their_neighbours(
     if end:
         path.write_bytes(path.read_bytes() + line(post("exec-2")) + end)
     report = take(engine, path)
-    expected = (
-        {"exec-1"} | ({"exec-2"} if end else set()) | ({"exec-long"} if length <= LINE_LIMIT_BYTES else set())
-    )
+    expected = {"exec-1"} | ({"exec-2"} if end else set()) | ({"exec-long"} if length <= LINE_LIMIT_BYTES else set())
     assert rows(engine).keys() == expected
     assert report.reasons == Counter() if length <= LINE_LIMIT_BYTES else Counter(line_too_long=1)
 
@@ -242,17 +230,12 @@ def test_an_empty_file_is_no_rows_and_no_error(engine: sa.Engine, tmp_path: Path
 
 def test_a_value_that_only_the_database_refuses_costs_that_row_alone(engine: sa.Engine, tmp_path: Path):
     with engine.begin() as connection:
-        connection.execute(
-            sa.text("ALTER TABLE execution_telemetry ADD CHECK (hostname <> 'BANNED') NOT VALID")
-        )
+        connection.execute(sa.text("ALTER TABLE execution_telemetry ADD CHECK (hostname <> 'BANNED') NOT VALID"))
     many = [post(f"exec-{n}", hostname="BANNED" if n in (7, 40) else "NVDC01") for n in range(64)]
     report = take(engine, ndjson(tmp_path / "a.ndjson", *many))
     assert figures(report) == (62, 0, 0, 2)
     assert report.reasons == Counter(refused_by_database=2)
-    assert (
-        scalar(engine, "SELECT string_agg(line_number::text, ',' ORDER BY id) FROM telemetry_rejects")
-        == "8,41"
-    )
+    assert scalar(engine, "SELECT string_agg(line_number::text, ',' ORDER BY id) FROM telemetry_rejects") == "8,41"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,9 +351,7 @@ def test_an_export_of_the_table_by_postgresql_can_be_imported(engine: sa.Engine,
         ("site_id,site_id,execution_id,hostname,runbook_id,success", "given twice: 'site_id'"),
     ],
 )
-def test_a_csv_with_the_wrong_header_imports_nothing(
-    engine: sa.Engine, tmp_path: Path, header: str, named: str
-):
+def test_a_csv_with_the_wrong_header_imports_nothing(engine: sa.Engine, tmp_path: Path, header: str, named: str):
     (tmp_path / "a.csv").write_text(f"{header}\n{SITE},exec-1,NVDC01,L1-X,true\n")
     with pytest.raises(UsageError, match=named):
         import_file(engine, tmp_path / "a.csv")
@@ -491,17 +472,13 @@ def test_bad_parquet_rows_are_rejected_with_their_row_number(engine: sa.Engine, 
     table[3]["started_at"] = "2031-01-01T00:00:00Z"
     columns = pa.Table.from_pylist(table)
     names = pa.array([row["hostname"].encode() for row in table[:5]] + [b"NV\xff"], pa.binary())
-    columns = columns.set_column(
-        columns.schema.get_field_index("hostname"), "hostname", names.view(pa.string())
-    )
+    columns = columns.set_column(columns.schema.get_field_index("hostname"), "hostname", names.view(pa.string()))
     pq.write_table(columns, tmp_path / "a.parquet")
     report = take(engine, tmp_path / "a.parquet")
     assert rows(engine).keys() == {"exec-0", "exec-4"}
     assert report.reasons == Counter(missing_execution_id=1, out_of_range=1, future_event=1, invalid_utf8=1)
     assert (
-        scalar(
-            engine, "SELECT string_agg(line_number::text, ',' ORDER BY line_number) FROM telemetry_rejects"
-        )
+        scalar(engine, "SELECT string_agg(line_number::text, ',' ORDER BY line_number) FROM telemetry_rejects")
         == "2,3,4,6"
     )
 
@@ -567,9 +544,7 @@ def test_importing_a_file_again_changes_nothing_at_all(
     assert figures(report) == (0, 0, len(posts), 0)
     assert rows(engine) == stored
     assert scalar(engine, "SELECT count(*) FROM execution_corrections") == history
-    assert (
-        scalar(engine, "SELECT string_agg(xmin::text, ',' ORDER BY id) FROM execution_telemetry") == versions
-    )
+    assert scalar(engine, "SELECT string_agg(xmin::text, ',' ORDER BY id) FROM execution_telemetry") == versions
 
 
 @EXAMPLES
@@ -577,9 +552,7 @@ def test_importing_a_file_again_changes_nothing_at_all(
 def test_bad_lines_never_cost_a_good_one(
     engine: sa.Engine, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ):
-    bad = st.sampled_from(
-        [b"{", b"\xff\xfe", b"\x00", b"[]", line(post(success=3)), line(post("", hostname="x"))]
-    )
+    bad = st.sampled_from([b"{", b"\xff\xfe", b"\x00", b"[]", line(post(success=3)), line(post("", hostname="x"))])
     noise = st.binary(min_size=1, max_size=40).filter(
         lambda raw: not raw.isspace() and b"\n" not in raw and not raw.startswith(b"\xef\xbb\xbf")
     )
@@ -592,9 +565,7 @@ def test_bad_lines_never_cost_a_good_one(
     assert rows(engine).keys() == {f"exec-{n}" for n in range(len(good_lines))}
     numbers = [n for n, raw in enumerate(mixed, 1) if raw not in good_lines]
     with engine.connect() as connection:
-        stored = connection.execute(
-            sa.text("SELECT line_number, payload FROM telemetry_rejects ORDER BY 1")
-        ).all()
+        stored = connection.execute(sa.text("SELECT line_number, payload FROM telemetry_rejects ORDER BY 1")).all()
     assert [row.line_number for row in stored] == numbers
     assert [bytes(row.payload) for row in stored] == [mixed[n - 1].rstrip(b"\r") for n in numbers]
 
@@ -611,10 +582,7 @@ def test_the_steps_between_versions_in_one_file_are_all_in_the_history(engine: s
     assert figures(report) == (1, 2, 1, 0)
     with engine.connect() as connection:
         steps = connection.execute(
-            sa.text(
-                "SELECT before->>'error_message', after->>'error_message' "
-                "FROM execution_corrections ORDER BY id"
-            )
+            sa.text("SELECT before->>'error_message', after->>'error_message' FROM execution_corrections ORDER BY id")
         ).all()
     assert [tuple(step) for step in steps] == [("first", "second"), ("second", None)]
 

@@ -89,16 +89,9 @@ def test_bytes_that_cannot_be_read_keep_their_first_reason(engine: sa.Engine, tm
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"\xff\n[]\n" + b"x" * 2_000_000 + b'\n{"cut')
     import_file(engine, path, received_at=NOW)
-    before = scalar(
-        engine, "SELECT string_agg(reason_code || reason, ';' ORDER BY id) FROM telemetry_rejects"
-    )
-    assert retry(engine, now=LATER).refused == Counter(
-        invalid_utf8=1, not_an_object=1, line_too_long=1, truncated=1
-    )
-    assert (
-        scalar(engine, "SELECT string_agg(reason_code || reason, ';' ORDER BY id) FROM telemetry_rejects")
-        == before
-    )
+    before = scalar(engine, "SELECT string_agg(reason_code || reason, ';' ORDER BY id) FROM telemetry_rejects")
+    assert retry(engine, now=LATER).refused == Counter(invalid_utf8=1, not_an_object=1, line_too_long=1, truncated=1)
+    assert scalar(engine, "SELECT string_agg(reason_code || reason, ';' ORDER BY id) FROM telemetry_rejects") == before
 
 
 def test_a_retry_goes_through_all_batches(engine: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
