@@ -20,6 +20,7 @@ from flywheel_pipeline.candidates.assets import patterns
 from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
+from flywheel_pipeline.delivery.checks import delivery_checks
 from flywheel_pipeline.health.assets import rule_quarantines
 from flywheel_pipeline.health.checks import health_checks
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
@@ -47,6 +48,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         aggregates_checks,
         promotion_gates,
         registry_checks,
+        delivery_checks,
         health_checks,
     ]
     # Checks are named on their own: a check that nobody selected is silently left out of a job.

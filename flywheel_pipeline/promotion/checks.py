@@ -57,9 +57,9 @@ registry_checks = check_step(
         ),
         Check(
             "l1_rules",
-            "promoted_patterns_have_rules",
-            "Every promoted pattern has its own rule.",
-            reading(quality.promoted_patterns_have_rules),
+            "patterns_and_rules_reconcile",
+            "Every promoted pattern has its own rule, and every promoted rule its own promoted pattern.",
+            reading(quality.patterns_and_rules_reconcile),
             warn=True,
         ),
     ],

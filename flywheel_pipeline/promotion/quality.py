@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import sqlalchemy as sa
@@ -161,39 +162,51 @@ def registry_equals_ledger(connection: sa.Connection) -> Finding:
     )
 
 
-def promoted_patterns_have_rules(connection: sa.Connection) -> Finding:
-    """Every promoted pattern has its own live or retired rule; the others share a rule of another pattern, or have none.
+def patterns_and_rules_reconcile(connection: sa.Connection) -> Finding:
+    """Every promoted pattern has its own rule, and every promoted rule its own promoted pattern.
 
-    The old system cut ids to 8 characters, so many patterns point at one rule: they are listed as merged.
+    Kinds of orphans: a pattern that points at no rule; one merged into the rule of another pattern (the old system cut
+    ids to 8 characters); one whose rule never came into service; a rule without a promoted pattern; a rule whose
+    pattern points at another rule.
     """
     rows = (
         connection.execute(
             sa.text(
                 """
-                SELECT p.pattern_id, p.incident_type, p.runbook_id, p.promoted_to_rule_id,
-                       CASE WHEN r.rule_id IS NULL THEN 'no such rule' ELSE 'merged into the rule of another pattern' END AS problem
+                SELECT CASE
+                         WHEN r.rule_id IS NULL THEN 'pattern without rule'
+                         WHEN r.pattern_key IS DISTINCT FROM p.pattern_key OR p.pattern_key IS NULL THEN 'pattern merged'
+                         ELSE 'pattern promoted, rule not'
+                       END AS kind,
+                       coalesce(p.pattern_key, p.pattern_id) AS pattern, p.promoted_to_rule_id AS rule_id, r.state
                 FROM patterns AS p LEFT JOIN l1_rules AS r ON r.rule_id = p.promoted_to_rule_id
                 WHERE p.status = 'promoted'
-                  AND (r.rule_id IS NULL OR r.pattern_key IS DISTINCT FROM p.pattern_key OR p.pattern_key IS NULL)
-                ORDER BY (r.rule_id IS NULL) DESC, p.promoted_to_rule_id, p.pattern_id
+                  AND (r.rule_id IS NULL OR p.pattern_key IS NULL OR r.pattern_key IS DISTINCT FROM p.pattern_key
+                       OR r.state IN ('proposed', 'shadow'))
+                UNION ALL
+                SELECT CASE WHEN p.pattern_key IS NULL THEN 'rule without pattern' ELSE 'rule of a pattern that names another' END,
+                       r.pattern_key, r.rule_id, r.state
+                FROM l1_rules AS r LEFT JOIN patterns AS p ON p.pattern_key = r.pattern_key
+                WHERE r.source = 'promoted' AND r.state NOT IN ('retired', 'proposed', 'shadow')
+                  AND (p.pattern_key IS NULL OR p.status = 'promoted' AND p.promoted_to_rule_id IS DISTINCT FROM r.rule_id)
+                ORDER BY 1 DESC, 3, 2
                 """
             )
         )
         .mappings()
         .all()
     )
-    orphans = sum(row["problem"] == "no such rule" for row in rows)
+    kinds = Counter(row["kind"] for row in rows)
     return Finding(
         passed=not rows,
-        sentence="Every promoted pattern has its own rule."
+        sentence="Every promoted pattern has its own rule, and every promoted rule its pattern."
         if not rows
-        else f"{len(rows)} promoted patterns have no rule of their own: {orphans} point at no rule, "
-        f"{len(rows) - orphans} share one.",
-        observed=f"{orphans} without rule, {len(rows) - orphans} merged",
+        else "Orphans: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) + ".",
+        observed=f"{len(rows)} orphans",
         required="none",
         offenders=len(rows),
         sample=[dict(row) for row in rows[:20]],
-        figures={"without_rule": orphans, "merged": len(rows) - orphans},
+        figures={"orphans": len(rows), **{kind.replace(" ", "_"): count for kind, count in kinds.items()}},
     )
 
 

@@ -1,0 +1,81 @@
+"""Questions about what is delivered. Each returns a Finding; none imports Dagster."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from flywheel_pipeline.quality import Finding
+
+_SERVED_BUT_NOT_ENABLED = """
+SELECT m.appliance_id, s.rule_id, coalesce(r.state, 'unknown') AS state, 'served although not in service' AS problem
+FROM rule_manifests AS m
+CROSS JOIN LATERAL (SELECT e ->> 'id' AS rule_id, (e ->> 'version')::int AS version FROM jsonb_array_elements(m.rules) AS e) AS s
+LEFT JOIN l1_rules AS r ON r.rule_id = s.rule_id
+WHERE r.enabled IS NOT TRUE OR r.rule_version <> s.version
+"""
+# Rules of the whole fleet must stand in every manifest, or among what is withheld there with its reason.
+_FORGOTTEN = """
+SELECT m.appliance_id, r.rule_id, r.state, 'in service, but neither served nor withheld' AS problem
+FROM rule_manifests AS m
+CROSS JOIN l1_rules AS r
+WHERE r.state = 'fleet'
+  AND NOT EXISTS (SELECT 1 FROM jsonb_array_elements(m.rules) AS e WHERE e ->> 'id' = r.rule_id)
+  AND NOT EXISTS (SELECT 1 FROM jsonb_array_elements(m.withheld) AS w WHERE w ->> 'rule_id' = r.rule_id)
+  AND flywheel_runbook_problem(r.runbook_id, r.platform) IS NULL
+"""
+_NO_MANIFEST = """
+SELECT a.appliance_id, NULL AS rule_id, a.status AS state, 'an appliance without a manifest' AS problem
+FROM appliances AS a
+WHERE a.status <> 'retired' AND NOT EXISTS (SELECT 1 FROM rule_manifests AS m WHERE m.appliance_id = a.appliance_id)
+"""
+
+
+def manifests_match_registry(connection: sa.Connection) -> Finding:
+    """No manifest serves a rule that is out of service, and none forgets one that is in service everywhere."""
+    query = " UNION ALL ".join((_SERVED_BUT_NOT_ENABLED, _FORGOTTEN, _NO_MANIFEST))
+    rows = [dict(row) for row in connection.execute(sa.text(f"{query} ORDER BY 4, 1, 2")).mappings()]
+    served = sum(row["problem"] == "served although not in service" for row in rows)
+    return Finding(
+        passed=not rows,
+        sentence="Every manifest serves what the registry says."
+        if not rows
+        else f"{len(rows)} differences between manifests and registry, {served} of them rules served out of service.",
+        observed=f"{len(rows)} differences",
+        required="0 differences",
+        offenders=len(rows),
+        sample=rows[:20],
+        figures={"differences": len(rows), "served_out_of_service": served},
+    )
+
+
+def promoted_rules_are_received(connection: sa.Connection) -> Finding:
+    """Every promoted rule in service was acknowledged or executed by some appliance that it is for."""
+    rows = (
+        connection.execute(
+            sa.text(
+                """
+                SELECT d.rule_id, d.rule_version, min(d.promoted_at) AS promoted_at, count(*) AS appliances,
+                       count(*) FILTER (WHERE d.state = 'withheld') AS withheld, min(d.withheld_reason) AS withheld_reason
+                FROM deployments AS d
+                JOIN l1_rules AS r ON r.rule_id = d.rule_id AND r.rule_version = d.rule_version
+                WHERE r.enabled AND r.source = 'promoted'
+                GROUP BY d.rule_id, d.rule_version
+                HAVING count(*) FILTER (WHERE d.state IN ('acknowledged', 'executed')) = 0
+                ORDER BY min(d.promoted_at), d.rule_id
+                """
+            )
+        )
+        .mappings()
+        .all()
+    )
+    return Finding(
+        passed=not rows,
+        sentence="Every promoted rule reached somebody."
+        if not rows
+        else f"{len(rows)} promoted rules have reached no appliance yet, first {rows[0]['rule_id']}.",
+        observed=f"{len(rows)} rules",
+        required="0 rules",
+        offenders=len(rows),
+        sample=[dict(row) for row in rows[:20]],
+        figures={"rules_nobody_received": len(rows)},
+    )
