@@ -7,7 +7,7 @@ description: >
   How far each promoted rule got on each appliance: promoted, queued, delivered, acknowledged and executed are five
   different things, and withheld is a sixth. In the system before, two months lay between the first two and nobody
   saw it. Built-in rules are not here, they ship with the agent. An execution counts from the delivery
-  of its version to that of the next; where the
+  of its version to that of the next (an imported rule was delivered before anybody kept record); where the
   agent did not say which appliance it runs on, it counts for the only appliance of its site.
 owner: team:fleet-delivery
 key: [rule_id, rule_version, appliance_id]
@@ -85,24 +85,26 @@ homes AS (
   FROM appliances AS a
   LEFT JOIN rule_manifests AS m ON m.appliance_id = a.appliance_id
 ),
+promotions AS (
+  SELECT rule_id, rule_version, min(occurred_at) AS promoted_at,
+    min(occurred_at) FILTER (WHERE kind = 'imported') AS imported_at
+  FROM rule_events
+  WHERE to_state IN ('canary', 'ring', 'fleet')
+  GROUP BY rule_id, rule_version
+),
 executed AS (
   SELECT p.rule_id, p.rule_version, p.appliance_id, min(x.event_at) AS first_executed_at
   FROM pairs AS p
   JOIN homes AS h ON h.appliance_id = p.appliance_id
+  LEFT JOIN promotions AS v ON v.rule_id = p.rule_id AND v.rule_version = p.rule_version
   JOIN executions AS x
     ON x.rule_id = p.rule_id
     AND x.site_id = h.site_id
-    AND x.event_at >= p.delivered_at
+    AND x.event_at >= coalesce(p.delivered_at, v.imported_at)
     AND x.event_at < coalesce(p.replaced_at, 'infinity')
     AND (x.appliance_id = p.appliance_id OR (x.appliance_id = 'unknown' AND h.alone))
   WHERE x.outcome_class <> 'synthetic'
   GROUP BY p.rule_id, p.rule_version, p.appliance_id
-),
-promotions AS (
-  SELECT rule_id, rule_version, min(occurred_at) AS promoted_at
-  FROM rule_events
-  WHERE to_state IN ('canary', 'ring', 'fleet')
-  GROUP BY rule_id, rule_version
 )
 SELECT
   p.rule_id::text AS rule_id,

@@ -141,6 +141,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             batch_id=batch.batch_id,
             run_id=batch.run_id,
             certificate=document,
+            occurred_at=batch.as_of,
         )
         events = [step]
         if state == "none":
@@ -199,6 +200,7 @@ def apply_quarantines(connection: sa.Connection, batch: Batch, decided: Sequence
                     decision_id=item.decision_id,
                     batch_id=batch.batch_id,
                     run_id=batch.run_id,
+                    occurred_at=batch.as_of,
                 )
             ],
         )
