@@ -51,6 +51,12 @@ WITH recounted AS (
   LEFT JOIN rule_aliases ra ON ra.alias = x.named AND t.event_at >= ra.valid_from AND t.event_at < ra.valid_to
   WHERE flywheel_level(t.resolution_level, t.rule_id, t.runbook_id) = 'L1'
     AND t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{"synthetic": true}', false)
+    AND NOT EXISTS (
+      SELECT 1 FROM outcome_class_rules o
+      WHERE o.enabled AND o.outcome_class = 'synthetic'
+        AND CASE o.field WHEN 'error_message' THEN t.error_message WHEN 'failure_type' THEN t.failure_type ELSE t.status END
+            ILIKE o.pattern
+    )
     AND t.event_at BETWEEN t.created_at - interval '730 days' AND t.created_at + interval '10 minutes'
   GROUP BY 1, 2, 3
 )

@@ -3,10 +3,43 @@
 -- Append-only and without a key, so that concurrent writers never wait for each other.
 -- The NOTIFY is a hint for a waiting sensor; the outbox is the truth.
 
+-- Held by every refresh to the end of its transaction, and by whoever changes how rows are read.
+CREATE OR REPLACE FUNCTION flywheel_lock_refresh() RETURNS void LANGUAGE sql AS $$
+  SELECT pg_advisory_xact_lock(7380407443113377793)
+$$;
+COMMENT ON FUNCTION flywheel_lock_refresh() IS 'One refresh at a time. Twin of aggregates.refresh.REFRESH_LOCK';
+
+-- Two kinds of days can never be counted: those whose figures were sealed when their telemetry was purged, and those
+-- beyond what a date of a neighbouring day can name. The writer is told; the intake parks such rows with the reason.
+CREATE OR REPLACE FUNCTION flywheel_refuse_days(days date[]) RETURNS void LANGUAGE plpgsql
+SET search_path = public, pg_temp AS $$
+DECLARE
+  refused date;
+BEGIN
+  SELECT d.day INTO refused FROM unnest(days) d (day) WHERE d.day NOT BETWEEN '0001-01-02' AND '9999-12-30' LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'an execution is dated %, which is no day of this calendar', refused
+      USING ERRCODE = 'datetime_field_overflow', HINT = 'the event time is started_at, else completed_at, else created_at';
+  END IF;
+  SELECT s.day INTO refused FROM sealed_days s WHERE s.day = ANY (days) LIMIT 1;
+  IF FOUND THEN
+    RAISE EXCEPTION 'the telemetry of % was purged and its figures are sealed: a late row of that day would never be counted', refused
+      USING HINT = 'keep the row aside; sealed figures do not change';
+  END IF;
+END $$;
+
 CREATE OR REPLACE FUNCTION flywheel_touch_inserted() RETURNS trigger LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
+DECLARE
+  days date[];
 BEGIN
-  INSERT INTO touched_cells (site_id, day) SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM new_rows;
+  WITH touched AS (
+    INSERT INTO touched_cells (site_id, day)
+    SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM new_rows
+    RETURNING day
+  )
+  SELECT array_agg(DISTINCT day) INTO days FROM touched;
+  PERFORM flywheel_refuse_days(days);
   PERFORM pg_notify('flywheel_telemetry', '');
   RETURN NULL;
 END $$;
@@ -21,7 +54,12 @@ END $$;
 
 CREATE OR REPLACE FUNCTION flywheel_touch_updated() RETURNS trigger LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
+DECLARE
+  days date[];
 BEGIN
+  SELECT array_agg(DISTINCT (event_at AT TIME ZONE 'UTC')::date) INTO days FROM new_rows;
+  PERFORM flywheel_refuse_days(days);
+
   INSERT INTO touched_cells (site_id, day)
   SELECT site_id, (event_at AT TIME ZONE 'UTC')::date FROM old_rows
   UNION
@@ -42,11 +80,24 @@ BEGIN
   RETURN NULL;
 END $$;
 
+-- What follows finds cells by looking at committed rows, and changes how all rows are read or removes them. Between its
+-- look and its commit no refresh may take the outbox entry of a row that it did not see: that row would be read the old
+-- way and never again. So it holds the refresh lock, and looks with a snapshot that is younger than the lock.
+CREATE OR REPLACE FUNCTION flywheel_exclude_refresh(what text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION '% needs a transaction of isolation level read committed', what
+      USING HINT = 'an older snapshot does not show all rows that the change concerns';
+  END IF;
+  PERFORM flywheel_lock_refresh();
+END $$;
+
 CREATE OR REPLACE FUNCTION flywheel_touch_all() RETURNS bigint LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
 DECLARE
   cells bigint;
 BEGIN
+  PERFORM flywheel_exclude_refresh('touching all cells');
   INSERT INTO touched_cells (site_id, day)
   SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM execution_telemetry;
   GET DIAGNOSTICS cells = ROW_COUNT;
@@ -57,7 +108,15 @@ END $$;
 CREATE OR REPLACE FUNCTION flywheel_touch_truncated() RETURNS trigger LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
 BEGIN
-  PERFORM flywheel_touch_all();  -- before the rows go: TRUNCATE has no transition table
+  -- Before the rows go: TRUNCATE has no transition table. Its table lock is held already, and a refresh may wait for
+  -- that lock, so the refresh lock is not asked for: nobody can read or write telemetry until this commits.
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION 'TRUNCATE of execution_telemetry needs a transaction of isolation level read committed'
+      USING HINT = 'an older snapshot does not show all rows that go';
+  END IF;
+  INSERT INTO touched_cells (site_id, day)
+  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM execution_telemetry;
+  PERFORM pg_notify('flywheel_telemetry', '');
   RETURN NULL;
 END $$;
 
@@ -76,22 +135,27 @@ CREATE TRIGGER flywheel_touch_truncated BEFORE TRUNCATE ON execution_telemetry
 
 -- A changed alias or class rule changes how old rows read, never the rows: it touches the cells it may change.
 
-CREATE OR REPLACE FUNCTION flywheel_touch_site(alias text, target text) RETURNS void LANGUAGE sql
+DROP FUNCTION IF EXISTS flywheel_touch_site(text, text);
+DROP FUNCTION IF EXISTS flywheel_touch_rule(text);
+
+CREATE OR REPLACE FUNCTION flywheel_touch_site(named site_aliases) RETURNS void LANGUAGE sql
 SET search_path = public, pg_temp AS $$
   INSERT INTO touched_cells (site_id, day)
   SELECT s.site_id, d.day
-  FROM (SELECT DISTINCT (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry WHERE site_id = alias) d
-  CROSS JOIN (VALUES (alias), (target)) s (site_id);
-  SELECT pg_notify('flywheel_telemetry', '');
+  FROM (
+    SELECT DISTINCT (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry
+    WHERE site_id = named.alias AND event_at >= named.valid_from AND event_at < named.valid_to
+  ) d
+  CROSS JOIN (VALUES (named.alias), (named.site_id)) s (site_id);
 $$;
 
-CREATE OR REPLACE FUNCTION flywheel_touch_rule(alias text) RETURNS void LANGUAGE sql
+CREATE OR REPLACE FUNCTION flywheel_touch_rule(named rule_aliases) RETURNS void LANGUAGE sql
 SET search_path = public, pg_temp AS $$
   INSERT INTO touched_cells (site_id, day)
-  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date
+  SELECT DISTINCT t.site_id, (t.event_at AT TIME ZONE 'UTC')::date
   FROM execution_telemetry t
-  WHERE flywheel_rule_ref(flywheel_level(t.resolution_level, t.rule_id, t.runbook_id), t.rule_id, t.runbook_id) = alias;
-  SELECT pg_notify('flywheel_telemetry', '');
+  WHERE named.alias IN (t.rule_id, t.runbook_id) AND t.event_at >= named.valid_from AND t.event_at < named.valid_to
+    AND flywheel_rule_ref(flywheel_level(t.resolution_level, t.rule_id, t.runbook_id), t.rule_id, t.runbook_id) = named.alias;
 $$;
 
 CREATE OR REPLACE FUNCTION flywheel_touch_class_rule(rule outcome_class_rules) RETURNS void LANGUAGE sql
@@ -100,23 +164,29 @@ SET search_path = public, pg_temp AS $$
   SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date
   FROM execution_telemetry t
   WHERE (CASE rule.field WHEN 'error_message' THEN t.error_message WHEN 'failure_type' THEN t.failure_type ELSE t.status END) ILIKE rule.pattern;
-  SELECT pg_notify('flywheel_telemetry', '');
 $$;
 
 CREATE OR REPLACE FUNCTION flywheel_touch_reading() RETURNS trigger LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
+DECLARE
+  notes text[] := ARRAY['actor', 'reason', 'created_at', 'description'];
 BEGIN
+  IF TG_OP = 'UPDATE' AND to_jsonb(NEW) - notes = to_jsonb(OLD) - notes THEN
+    RETURN NULL;
+  END IF;
+  PERFORM flywheel_exclude_refresh('a change of ' || TG_TABLE_NAME);
   -- OLD is null on INSERT, NEW on DELETE.
   IF TG_TABLE_NAME = 'site_aliases' THEN
-    IF TG_OP <> 'INSERT' THEN PERFORM flywheel_touch_site(OLD.alias, OLD.site_id); END IF;
-    IF TG_OP <> 'DELETE' THEN PERFORM flywheel_touch_site(NEW.alias, NEW.site_id); END IF;
+    IF TG_OP <> 'INSERT' THEN PERFORM flywheel_touch_site(OLD); END IF;
+    IF TG_OP <> 'DELETE' THEN PERFORM flywheel_touch_site(NEW); END IF;
   ELSIF TG_TABLE_NAME = 'rule_aliases' THEN
-    IF TG_OP <> 'INSERT' THEN PERFORM flywheel_touch_rule(OLD.alias); END IF;
-    IF TG_OP <> 'DELETE' THEN PERFORM flywheel_touch_rule(NEW.alias); END IF;
+    IF TG_OP <> 'INSERT' THEN PERFORM flywheel_touch_rule(OLD); END IF;
+    IF TG_OP <> 'DELETE' THEN PERFORM flywheel_touch_rule(NEW); END IF;
   ELSE
     IF TG_OP <> 'INSERT' AND OLD.enabled THEN PERFORM flywheel_touch_class_rule(OLD); END IF;
     IF TG_OP <> 'DELETE' AND NEW.enabled THEN PERFORM flywheel_touch_class_rule(NEW); END IF;
   END IF;
+  PERFORM pg_notify('flywheel_telemetry', '');
   RETURN NULL;
 END $$;
 
