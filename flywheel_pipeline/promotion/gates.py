@@ -8,7 +8,8 @@ is not known is inconclusive, and the inconclusive holds: nothing fails open.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class PatternEvidence:
     @property
     def rated(self) -> tuple[int, int]:
         """(successes, failures) over all sites."""
-        return sum(s.successes for s in self.sites), sum(s.failures for s in self.sites)
+        return _pooled(self.sites)
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,10 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
     gate = policy.stage_gate(target, e.incident_type, high_risk=_high_risk(e, policy))
     alpha = evalue.spent_alpha(gate.alpha, e.attempt)
     need = evalue.threshold(alpha)
-    s, f = e.rated
+    # Each site is capped, so 200 sites share few distinct counts: what depends on counts only is asked once for each.
+    pairs = Counter([(site.successes, site.failures) for site in e.sites])
+    s = sum([pair[0] * n for pair, n in pairs.items()])
+    f = sum([pair[1] * n for pair, n in pairs.items()])
     log_e = evalue.log_e(s, f, gate.floor)
     against = evalue.log_e_reject(s, f, gate.floor)
     verdict: GateVerdict
@@ -366,8 +370,8 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
     }
     if target in ("ring", "fleet"):
         q = policy.quorum
-        wide = sum(site.successes + site.failures >= q.min_episodes_per_site for site in e.sites)
-        hosts = sum(site.hosts for site in e.sites)
+        wide = sum([n for pair, n in pairs.items() if sum(pair) >= q.min_episodes_per_site])
+        hosts = sum([site.hosts for site in e.sites])
         results.append(
             GateResult(
                 "quorum",
@@ -378,7 +382,7 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
             )
         )
         if q.leave_one_site_out:
-            worst, without = leave_one_out(e.sites, gate.floor)
+            worst, without = _leave_one_out(e.sites, pairs, s, f, gate.floor)
             figures["log_e_leave_one_out"] = f"{worst:.9f}"
             results.append(
                 GateResult(
@@ -391,9 +395,8 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
                     else f"Without {without or 'its sites'} the evidence does not suffice.",
                 )
             )
-        rejecting = [
-            site.site_id for site in e.sites if evalue.log_e_reject(site.successes, site.failures, gate.floor) >= need
-        ]
+        refuting = {pair for pair in pairs if evalue.log_e_reject(*pair, gate.floor) >= need}
+        rejecting = [x.site_id for x in e.sites if (x.successes, x.failures) in refuting] if refuting else []
         results.append(
             GateResult(
                 "no_site_rejects",
@@ -407,28 +410,36 @@ def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[G
 
 
 def leave_one_out(sites: tuple[SiteEvidence, ...], floor: float) -> tuple[float, str | None]:
-    """Return the least log E over dropping any one site, and that site (the first of equals); (0, None) without sites.
+    """Return the least log E over dropping any one site, and that site (the first of equals); (0, None) without sites."""
+    return _leave_one_out(sites, {(x.successes, x.failures) for x in sites}, *_pooled(sites), floor)
 
-    log E grows with each success and falls with each failure, so among sites with equally many failures only the one
-    with most successes can be worst to lose, and only if no site with fewer failures has as many.
-    """
-    s, f = sum(x.successes for x in sites), sum(x.failures for x in sites)
-    best: dict[int, SiteEvidence] = {}
-    for site in sites:
-        known = best.get(site.failures)
-        if known is None or site.successes > known.successes:
-            best[site.failures] = site
-    worst: tuple[float, str | None] = (0.0, None)
-    most = -1
-    for failures in sorted(best):
-        site = best[failures]
-        if site.successes <= most:
+
+def _pooled(sites: tuple[SiteEvidence, ...]) -> tuple[int, int]:
+    return sum([x.successes for x in sites]), sum([x.failures for x in sites])
+
+
+def _leave_one_out(
+    sites: tuple[SiteEvidence, ...], pairs: Collection[tuple[int, int]], s: int, f: int, floor: float
+) -> tuple[float, str | None]:
+    # log E grows with each success and falls with each failure, so among sites with equally many failures only the one
+    # with most successes can be worst to lose, and only if no site with fewer failures has as many.
+    most: dict[int, int] = {}
+    for successes, failures in pairs:
+        if successes > most.get(failures, -1):
+            most[failures] = successes
+    worst: tuple[float, int, int] | None = None
+    so_far = -1
+    for failures in sorted(most):
+        successes = most[failures]
+        if successes <= so_far:
             continue
-        value = evalue.log_e(s - site.successes, f - site.failures, floor)
-        if most < 0 or value < worst[0]:
-            worst = (value, site.site_id)
-        most = site.successes
-    return worst
+        so_far = successes
+        value = evalue.log_e(s - successes, f - failures, floor)
+        if worst is None or value < worst[0]:
+            worst = (value, successes, failures)
+    if worst is None:
+        return 0.0, None
+    return worst[0], next(x.site_id for x in sites if (x.successes, x.failures) == worst[1:])
 
 
 def _expiry(e: PatternEvidence, policy: Policy) -> GateResult | None:
@@ -516,6 +527,17 @@ def _conclude(
     if expired is not None and all(g.verdict == "inconclusive" or g is expired for g in open_gates):
         return Decision("expired", None, expired.sentence, tuple(gates), figures)
     return Decision("hold", None, first.sentence, tuple(gates), figures)
+
+
+def is_healthy(rated_rate: float | None, policy: Policy) -> bool:
+    """Return whether a rule in service, with this rate of rated episodes, must not be shadowed; unrated ones count."""
+    return rated_rate is None or rated_rate >= policy.admission.healthy_rule_rate
+
+
+def within_limit(waiting: Sequence[tuple[str, int]], policy: Policy) -> tuple[str, ...]:
+    """Return the keys that one run may promote of (key, successes) that are due: those with most evidence first."""
+    ordered = sorted(waiting, key=lambda item: (-item[1], item[0]))
+    return tuple(key for key, _ in ordered[: policy.limits.promotions_per_run])
 
 
 def decide_rule(evidence: RuleEvidence, policy: Policy) -> Decision:
