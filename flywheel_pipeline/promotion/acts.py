@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 
@@ -19,6 +19,7 @@ from flywheel_pipeline.database import tables
 from flywheel_pipeline.delivery.publish import write_manifests
 from flywheel_pipeline.errors import FlywheelError, UsageError
 from flywheel_pipeline.promotion.apply import lock_promotion
+from flywheel_pipeline.promotion.decide import incident_types, rule_of_pattern
 from flywheel_pipeline.promotion.ledger import RuleEvent, append_events
 
 Act = Literal["approve", "reject", "quarantine", "readmit", "retire", "freeze", "thaw"]
@@ -58,6 +59,8 @@ def act(
     Raises:
         UsageError: no actor, no reason, or subjects that do not fit the act.
     """
+    if what not in get_args(Act):
+        raise UsageError(f"There is no act {what}.", hint="The acts are: " + ", ".join(get_args(Act)) + ".")
     if not actor.strip() or not reason.strip():
         raise UsageError(f"To {what} needs an actor and a reason.", hint="Add --actor NAME --reason TEXT.")
     if what in ("freeze", "thaw"):
@@ -107,6 +110,11 @@ def _on_pattern(connection: sa.Connection, what: str, subject: str, actor: str, 
             f"There is no pattern {subject} that could be promoted.", hint="`flywheel status` lists them."
         )
     if row.status == "promoted":
+        rule_id, state, _ = rule_of_pattern(connection, row.pattern_key)
+        if what == "approve" and state in ("proposed", "shadow", "canary", "ring"):
+            # The stages ahead may need a name: small fleets and high-risk runbooks enter the fleet by one.
+            _record(connection, what, "pattern", row.pattern_key, actor, reason)
+            return f"approved; {rule_id} is {state}, the next run decides with it"
         raise FlywheelError(f"Pattern {subject} is promoted.", hint="Quarantine or retire its rule instead.")
     _record(connection, what, "pattern", row.pattern_key, actor, reason)
     connection.execute(
@@ -141,9 +149,10 @@ def _on_rule(
             raise UsageError(f"A rule has no {', '.join(sorted(unknown))} to change.")
         content.update(change)
         version += 1
-        types = content["incident_pattern"]
-        if isinstance(types, Mapping) and types.get("incident_type") and content["platform"]:
-            content["pattern_key"] = pattern_key(types["incident_type"], content["runbook_id"], content["platform"])
+        # The key decides whose evidence promotes the rule: it follows the content, or is none.
+        types = sorted(incident_types(content["incident_pattern"]))
+        known = len(types) == 1 and content["runbook_id"] and content["platform"]
+        content["pattern_key"] = pattern_key(types[0], content["runbook_id"], content["platform"]) if known else None
     batch = open_batch(connection, f"act:{uuid.uuid4()}")
     _record(connection, what, "rule", rule_id, actor, reason)
     append_events(
@@ -160,6 +169,7 @@ def _on_rule(
                 reason=reason,
                 batch_id=batch.batch_id,
                 run_id=batch.run_id,
+                occurred_at=batch.as_of,
             )
         ],
     )

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import Batch
-from flywheel_pipeline.candidates.keys import rule_id_of_pattern
 from flywheel_pipeline.delivery.publish import write_manifests
 from flywheel_pipeline.promotion import certificate as certificates
-from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence
-from flywheel_pipeline.promotion.gates import decide_pattern
+from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence, rule_of_pattern
+from flywheel_pipeline.promotion.gates import Decision, decide_pattern, within_limit
 from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, definition
 from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.quality import unmet_gates
@@ -24,6 +23,8 @@ from flywheel_pipeline.quality import unmet_gates
 PROMOTION_LOCK = 0x666C7977686C0002  # 'flywhl', lock 2
 ACTOR = "flywheel"
 _AT_ONCE = {("none", "fleet"), ("proposed", "fleet")}
+# Steps out of these put a rule where no machine has run it yet: the policy limits how many one run takes.
+_NOT_SERVED = ("none", "proposed", "shadow")
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,19 @@ def lock_promotion(connection: sa.Connection) -> None:
 def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
     """Append the events of this batch's promotions, within the caller's transaction.
 
-    Only decisions that this very batch took count, and only while every required gate has passed in it. At most as
-    many new rules as the policy allows in one run are promoted, those with most evidence first; the others are held
-    to the next run and say so.
+    Only the last decision that this very batch took on a pattern counts, and only while every required gate has passed
+    in it. The policy limits how many rules that no machine runs yet one run takes a step further, over all calls for
+    this batch; those with most evidence come first, the others are held to the next run and say so.
     """
     lock_promotion(connection)
     policy = load_policy(batch.policy_name)
     rows = connection.execute(
         sa.text(
-            "SELECT d.decision_id, d.subject_id, d.verdict, d.reason FROM promotion_decisions AS d "
-            "WHERE d.confirmed_batch_id = :batch AND d.subject_kind = 'pattern' AND d.verdict IN ('promote', 'advance') "
+            "SELECT d.* FROM ("
+            "  SELECT DISTINCT ON (subject_id) decision_id, subject_id, verdict, reason, evidence ->> 'stage' AS stage "
+            "  FROM promotion_decisions WHERE confirmed_batch_id = :batch AND subject_kind = 'pattern' "
+            "  ORDER BY subject_id, decision_id DESC"
+            ") AS d WHERE d.verdict IN ('promote', 'advance') "
             "  AND NOT EXISTS (SELECT 1 FROM rule_events AS e WHERE e.decision_id = d.decision_id) "
             "ORDER BY d.decision_id"
         ),
@@ -77,32 +81,41 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
         why = f"promotion is frozen by {frozen.actor}: {frozen.reason}"
         return Applied((), tuple((row.subject_id, why) for row in rows))
 
-    decision_ids = {row.subject_id: row.decision_id for row in rows}
+    decided = {row.subject_id: row for row in rows}
     # The certificate speaks of the evidence as of now; a decision it no longer supports is held.
-    evidence = {e.pattern_key: e for e in load_pattern_evidence(connection, batch, policy, list(decision_ids))}
+    evidence = {e.pattern_key: e for e in load_pattern_evidence(connection, batch, policy, list(decided))}
     moved: list[tuple[str, str]] = []
     held: list[tuple[str, str]] = []
-    new_rules = 0
-    for key in sorted(decision_ids, key=lambda k: (-evidence[k].successes, k)):
-        present = evidence[key]
-        decision = decide_pattern(present, policy)
-        if decision.verdict not in ("promote", "advance") or decision.target_state is None:
-            held.append((key, f"its evidence changed since the decision: {decision.reason}"))
+    due: dict[str, Decision] = {}
+    for key, row in decided.items():
+        if key not in evidence:
+            held.append((key, "its evidence is gone since the decision"))
             continue
-        if present.stage == "none":
-            if new_rules >= policy.limits.promotions_per_run:
-                held.append((key, f"the policy allows {policy.limits.promotions_per_run} new rules in one run"))
-                continue
-            new_rules += 1
-        rule = connection.execute(
-            sa.text(
-                "SELECT rule_id, state, rule_version FROM l1_rules "
-                "WHERE pattern_key = :key AND source = 'promoted' AND state <> 'retired' ORDER BY rule_id LIMIT 1"
-            ),
-            {"key": key},
-        ).one_or_none()
-        rule_id = rule.rule_id if rule else rule_id_of_pattern(key)
-        version = rule.rule_version if rule else 1
+        decision = decide_pattern(evidence[key], policy)
+        if evidence[key].stage != row.stage:
+            held.append((key, f"its rule is {evidence[key].stage} since the decision, which was taken at {row.stage}"))
+        elif decision.verdict not in ("promote", "advance") or decision.target_state is None:
+            held.append((key, f"its evidence changed since the decision: {decision.reason}"))
+        else:
+            due[key] = decision
+    waiting = [(key, evidence[key].successes) for key in due if evidence[key].stage in _NOT_SERVED]
+    spent = connection.execute(
+        sa.text(
+            "SELECT count(*) FROM rule_events WHERE batch_id = :batch AND kind IN ('promoted', 'advanced') "
+            "AND from_state IN ('proposed', 'shadow')"
+        ),
+        {"batch": batch.batch_id},
+    ).scalar_one()
+    admitted = within_limit(waiting, policy)[: max(policy.limits.promotions_per_run - spent, 0)]
+    for key, _ in waiting:
+        if key not in admitted:
+            held.append((key, f"the policy allows {policy.limits.promotions_per_run} new rules in one run"))
+            del due[key]
+    for key in sorted(due, key=lambda k: (-evidence[k].successes, k)):
+        present, decision = evidence[key], due[key]
+        if decision.target_state is None:  # only decisions with a target are due
+            raise AssertionError(key)
+        rule_id, state, version = rule_of_pattern(connection, key)
         content = definition(
             incident_pattern=conditions_of(present.incident_type),
             runbook_id=present.runbook_id,
@@ -111,7 +124,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             promoted_from_l2=True,
             pattern_key=key,
         )
-        if rule is not None:
+        if state != "none":
             content = connection.execute(
                 sa.text("SELECT definition FROM rule_events WHERE rule_id = :id ORDER BY event_id DESC LIMIT 1"),
                 {"id": rule_id},
@@ -127,7 +140,6 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             run_id=batch.run_id,
             decided_at=batch.now,
         )
-        state = rule.state if rule else "none"
         step = RuleEvent(
             rule_id=rule_id,
             rule_version=version,
@@ -137,7 +149,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             definition=content,
             actor=ACTOR,
             reason=decision.reason,
-            decision_id=decision_ids[key],
+            decision_id=decided[key].decision_id,
             batch_id=batch.batch_id,
             run_id=batch.run_id,
             certificate=document,

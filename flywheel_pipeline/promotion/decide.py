@@ -27,6 +27,7 @@ from flywheel_pipeline.promotion.gates import (
     SiteEvidence,
     decide_pattern,
     decide_rule,
+    is_healthy,
 )
 from flywheel_pipeline.promotion.plain import plain
 from flywheel_pipeline.promotion.policy import Policy, load_policy
@@ -51,32 +52,42 @@ def conditions_of(incident_type: str) -> dict[str, str]:
     return {"incident_type": incident_type}
 
 
-def _incident_types(incident_pattern: Any) -> set[str]:
+def incident_types(incident_pattern: Any) -> set[str]:
     """Return the incident types a rule's conditions name, in any of the shapes in the wild."""
     parts = incident_pattern if isinstance(incident_pattern, list) else [incident_pattern]
     found: set[str] = set()
     for part in parts:
         if not isinstance(part, Mapping):
             continue
-        for key in ("incident_type", "check_type"):
-            if part.get(key):
-                found.add(str(part[key]))
-        if part.get("field") in ("incident_type", "check_type") and isinstance(part.get("value"), str):
-            found.add(part["value"])
+        values = [part.get("incident_type"), part.get("check_type")]
+        if part.get("field") in ("incident_type", "check_type"):
+            values.append(part.get("value"))
+        for value in values:
+            found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v)
     return found
 
+
+# The one rule that stands for a pattern, where several were imported or re-admitted with its key: the one that is
+# furthest in service, then one out of service. A retired one still stands: its id is taken for ever.
+RULE_OF_PATTERN = """
+SELECT DISTINCT ON (pattern_key) pattern_key, rule_id, state, state_at, rule_version
+FROM l1_rules WHERE source = 'promoted' AND pattern_key = ANY(:keys)
+ORDER BY pattern_key,
+  array_position(ARRAY['fleet', 'ring', 'canary', 'shadow', 'proposed', 'quarantined', 'retired'], state::text), rule_id
+"""
 
 # Before the canary, the settled episodes of L2; from the canary on, those of the rule's own version. The first ones by
 # event time count, so that evidence cannot be picked; a re-admission begins with fresh evidence.
 _SITE_EVIDENCE = sa.text(
-    """
-    WITH staged AS (
-      SELECT r.rule_id, r.pattern_key, v.occurred_at AS since FROM l1_rules AS r
+    f"""
+    WITH standing AS ({RULE_OF_PATTERN}),
+    staged AS (
+      SELECT r.rule_id, r.pattern_key, v.occurred_at AS since FROM standing AS r
       JOIN LATERAL (
         SELECT min(e.occurred_at) AS occurred_at FROM rule_events AS e
         WHERE e.rule_id = r.rule_id AND e.rule_version = r.rule_version AND e.to_state = 'canary'
       ) AS v ON true
-      WHERE r.pattern_key = ANY(:keys) AND r.source = 'promoted' AND r.state IN ('canary', 'ring')
+      WHERE r.state IN ('canary', 'ring')
     ),
     rated AS (
       SELECT e.pattern_key, e.site_id, e.day, e.hostname, e.succeeded, e.first_at, e.nth_of_host
@@ -104,7 +115,7 @@ _SITE_EVIDENCE = sa.text(
     WHERE nth_of_site <= :site_cap
     GROUP BY pattern_key, site_id
     ORDER BY pattern_key, site_id
-    """
+    """  # noqa: S608 (a constant)
 )
 
 
@@ -114,15 +125,24 @@ def load_pattern_evidence(
     """Return the evidence of every undecided pattern (or of `keys`), as the gates ask for it, in order of key."""
     candidates = connection.execute(
         sa.text(
-            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at, CASE WHEN r.state = 'shadow' THEN ("
+            f"WITH standing AS ({RULE_OF_PATTERN.replace('= ANY(:keys)', 'IS NOT NULL')}) "  # noqa: S608 (a constant)
+            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at, r.rule_version, "
+            "CASE WHEN r.state = 'shadow' THEN ("
             "  SELECT count(*) FROM episodes AS e WHERE e.level <> 'L1' AND e.incident_type = c.incident_type "
-            "  AND e.platform = c.platform AND e.first_at >= r.state_at) ELSE 0 END AS would_fires "
-            "FROM pattern_candidates AS c "
-            "LEFT JOIN l1_rules AS r ON r.pattern_key = c.pattern_key AND r.source = 'promoted' AND r.state <> 'retired' "
+            "  AND e.platform = c.platform AND e.executions > 0 AND e.first_at >= r.state_at) ELSE 0 END AS would_fires, "
+            "CASE WHEN r.state IN ('canary', 'ring') THEN ("
+            "  SELECT min(v.occurred_at) FROM rule_events AS v WHERE v.rule_id = r.rule_id "
+            "  AND v.rule_version = r.rule_version AND v.to_state = 'canary') "
+            "ELSE greatest(c.first_at, ("
+            "  SELECT max(v.occurred_at) FROM rule_events AS v "
+            "  WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = c.pattern_key)) END AS observed_since "
+            "FROM pattern_candidates AS c LEFT JOIN standing AS r ON r.pattern_key = c.pattern_key "
             "WHERE CASE WHEN CAST(:keys AS text[]) IS NOT NULL THEN c.pattern_key = ANY(CAST(:keys AS text[])) "
             "  ELSE coalesce(r.state, 'none') IN ('none', 'proposed', 'shadow', 'canary', 'ring') "
-            "       AND (coalesce(c.status, 'pending') IN ('pending', 'approved') OR r.state IN ('canary', 'ring')) END "
-            "ORDER BY c.pattern_key, r.rule_id"
+            "       AND (coalesce(c.status, 'pending') IN ('pending', 'approved') "
+            "            OR r.state IN ('canary', 'ring') "
+            "            OR (r.state IN ('proposed', 'shadow') AND c.status = 'promoted')) END "
+            "ORDER BY c.pattern_key"
         ),
         {"keys": None if keys is None else list(keys)},
     ).all()
@@ -187,10 +207,10 @@ def load_pattern_evidence(
         shadowed = tuple(
             h.rule_id
             for h in healthy
-            if row.incident_type in _incident_types(h.incident_pattern)
-            and h.platform == row.platform
+            if row.incident_type in incident_types(h.incident_pattern)
+            and h.platform in (None, row.platform)  # a rule of unknown platform might stand on any
             and h.pattern_key != key
-            and (h.rated_rate is None or h.rated_rate >= policy.admission.healthy_rule_rate)
+            and is_healthy(h.rated_rate, policy)
         )
         stage = row.rule_state or "none"
         evidence.append(
@@ -219,20 +239,29 @@ def load_pattern_evidence(
                 shadow_days=0.0
                 if stage != "shadow"
                 else max((batch.now - row.rule_state_at).total_seconds() / 86400, 0.0),
-                attempt=1 + readmissions.get(key, 0),
-                approvers=tuple(a.actor for a in acts[key] if a.act == "approve"),
-                rejected_by=next((a.actor for a in reversed(acts[key]) if a.act == "reject"), None)
-                if acts[key] and acts[key][-1].act == "reject"
-                else None,
+                attempt=max(row.rule_version or 1, 1 + readmissions.get(key, 0)),
+                approvers=_approvers(acts[key]),
+                rejected_by=acts[key][-1].actor if acts[key] and acts[key][-1].act == "reject" else None,
                 checks_green=checks_green,
                 days_observed=None
-                if row.first_at is None
-                else max((batch.now - row.first_at).total_seconds() / 86400, 0.0),
+                if row.observed_since is None
+                else max((batch.now - row.observed_since).total_seconds() / 86400, 0.0),
                 first_at=row.first_at.isoformat() if row.first_at else None,
                 last_at=row.last_at.isoformat() if row.last_at else None,
             )
         )
     return evidence
+
+
+def _approvers(acts: Sequence[Any]) -> tuple[str, ...]:
+    """Return who approves, each once, in order of time: a rejection ends the approvals before it."""
+    names: dict[str, None] = {}
+    for act in acts:
+        if act.act == "reject":
+            names.clear()
+        else:
+            names[act.actor] = None
+    return tuple(names)
 
 
 def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None = None) -> list[RuleEvidence]:
@@ -250,7 +279,7 @@ def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None
         RuleEvidence(
             rule_id=row.rule_id,
             rule_version=row.rule_version,
-            incident_type=", ".join(sorted(_incident_types(row.incident_pattern))),
+            incident_type=", ".join(sorted(incident_types(row.incident_pattern))),
             runbook_id=row.runbook_id,
             platform=row.platform,
             source=row.source,
@@ -358,13 +387,7 @@ def decide_rules(connection: sa.Connection, batch: Batch) -> list[Decided]:
     return _store(connection, batch, policy, "rule", decisions)
 
 
-def rule_of_pattern(connection: sa.Connection, key: str) -> str:
-    """Return the id of the rule that stands, or would stand, for this pattern."""
-    known = connection.execute(
-        sa.text(
-            "SELECT rule_id FROM l1_rules WHERE pattern_key = :key AND source = 'promoted' AND state <> 'retired' "
-            "ORDER BY rule_id LIMIT 1"
-        ),
-        {"key": key},
-    ).scalar_one_or_none()
-    return known or rule_id_of_pattern(key)
+def rule_of_pattern(connection: sa.Connection, key: str) -> tuple[str, str, int]:
+    """Return (rule id, state, version) of the rule that stands for this pattern; of the one to be made, state none."""
+    known = connection.execute(sa.text(RULE_OF_PATTERN), {"keys": [key]}).one_or_none()
+    return (known.rule_id, known.state, known.rule_version) if known else (rule_id_of_pattern(key), "none", 1)

@@ -14,7 +14,8 @@ from flywheel_pipeline.quality import Finding
 
 _TO_PROMOTE = (
     "SELECT d.subject_id AS pattern_key, d.evidence ->> 'runbook_id' AS runbook_id, d.evidence ->> 'platform' AS platform, "
-    "d.evidence ->> 'incident_type' AS incident_type FROM promotion_decisions AS d "
+    "d.evidence ->> 'incident_type' AS incident_type, d.evidence ->> 'stage' AS stage, "
+    "d.verdict = 'advance' AS sequential FROM promotion_decisions AS d "
     "WHERE d.confirmed_batch_id = :batch AND d.subject_kind = 'pattern' AND d.verdict IN ('promote', 'advance')"
 )
 
@@ -46,16 +47,27 @@ def executable_runbooks_only(connection: sa.Connection, batch: Batch) -> Finding
     )
 
 
-# Raw executions, from the log itself and not from the aggregates that the decision was taken on.
+# Raw executions, from the log itself and not from the aggregates that the decision was taken on: of L2 before the
+# canary, of the rule's own version from then on.
 _RAW_RECOUNT = """
-SELECT p.pattern_key, count(*) AS executions, coalesce(sum(t.success::int), 0) AS successes
+SELECT p.pattern_key, count(*) AS executions, coalesce(sum(e.success::int), 0) AS successes
+FROM ({to_promote}) AS p
+JOIN l1_rules AS r ON r.pattern_key = p.pattern_key AND r.source = 'promoted' AND r.state = p.stage
+JOIN executions AS e ON e.level = 'L1' AND e.rule_id = r.rule_id AND e.outcome_class <> 'synthetic' AND e.event_at >= (
+  SELECT min(v.occurred_at) FROM rule_events AS v
+  WHERE v.rule_id = r.rule_id AND v.rule_version = r.rule_version AND v.to_state = 'canary')
+WHERE p.stage IN ('canary', 'ring') AND p.sequential
+GROUP BY p.pattern_key
+UNION ALL
+SELECT p.pattern_key, count(*), coalesce(sum(t.success::int), 0)
 FROM ({to_promote}) AS p
 JOIN execution_telemetry AS t
   ON coalesce(nullif(t.incident_type, ''), 'unknown') = p.incident_type
  AND coalesce(nullif(lower(t.platform), ''), 'unknown') = p.platform
  AND flywheel_level(t.resolution_level, t.rule_id, t.runbook_id) = 'L2'
  AND flywheel_runbook_ref('L2', t.rule_id, t.runbook_id, t.action) = p.runbook_id
-WHERE t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{{"synthetic": true}}', false)
+WHERE NOT (p.stage IN ('canary', 'ring') AND p.sequential)
+  AND t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{{"synthetic": true}}', false)
   AND t.event_at BETWEEN t.created_at - interval '730 days' AND t.created_at + interval '10 minutes'
 GROUP BY p.pattern_key
 """
@@ -66,7 +78,7 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
 
     Under a threshold policy the floor and the least count are held against raw executions. Under a sequential policy
     the decision's capped episodes are held against the floor of its stage, after a recount of the raw executions
-    shows that the log still holds at least as many as the evidence claims.
+    shows that the log still holds at least as many, and as many successes, as the evidence claims.
     """
     policy = load_policy(batch.policy_name)
     decisions = connection.execute(
@@ -89,6 +101,7 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
         s = int(counted.successes) if counted else 0
         floor, least = policy.success_floor(row.evidence["incident_type"], row.evidence["stage"])
         if policy.kind == "threshold":
+            good = 0
             rate = s / n if n else None
         else:
             good = sum(int(site["successes"]) for site in row.evidence["sites"])
@@ -97,7 +110,7 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
             least = max(least, rated)
         if rate is not None:
             lowest = rate if lowest is None else min(lowest, rate)
-        if rate is None or rate < floor or n < least:
+        if rate is None or rate < floor or n < least or s < good:
             offenders.append(
                 {
                     "pattern": row.subject_id,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 PLACEHOLDER_PREFIXES = ("AUTO-", "L2-", "ESC-", "UNASSIGNED-")
 PLACEHOLDER_IDS = frozenset({"", "ESCALATE", "GENERAL", "UNKNOWN"})
+_ASCII_UPPER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def is_placeholder(runbook_id: str | None) -> bool:
     """Return whether this runbook field names no script: anchored prefixes and known pseudo ids, never "contains".
 
-    The SQL twin is `flywheel_is_placeholder`.
+    Case is that of ASCII alone, so that the SQL twin, `flywheel_is_placeholder`, agrees under any collation.
     """
-    name = (runbook_id or "").strip(" ").upper()
+    name = (runbook_id or "").strip(" ").translate(_ASCII_UPPER)
     return name in PLACEHOLDER_IDS or name.startswith(PLACEHOLDER_PREFIXES)

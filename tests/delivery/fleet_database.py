@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, definition, import_rules
+from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, content_hash, definition, import_rules
 
 NOON = datetime(2026, 2, 15, 12, tzinfo=UTC)
 _numbers = itertools.count(1)
@@ -103,7 +103,8 @@ class Fleet:
             ),
             {"batch": batch, "rule": rule_id},
         ).scalar_one()
-        self._event(rule_id, "promoted", "fleet", batch_id=batch, decision_id=decision, certificate={"by": "test"})
+        certificate = {"policy_hash": "0" * 64, "batch_id": batch}
+        self._event(rule_id, "promoted", "fleet", batch_id=batch, decision_id=decision, certificate=certificate)
 
     def _event(self, rule_id: str, kind: str, to_state: str, incident_pattern: Any = None, **stamps: Any) -> None:
         rule = self.conn.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :r"), {"r": rule_id}).one()
@@ -116,6 +117,14 @@ class Fleet:
             pattern_key=rule.pattern_key,
             confidence=rule.confidence,
         )
+        version = rule.rule_version + (kind == "readmitted")
+        if "certificate" in stamps:
+            stamps["certificate"] |= {
+                "rule_id": rule_id,
+                "rule_version": version,
+                "content_hash": content_hash(content),
+                "target_state": to_state,
+            }
         append_events(
             self.conn,
             [
@@ -127,7 +136,7 @@ class Fleet:
                     content,
                     actor="dana",
                     reason="fails on the test bench",
-                    rule_version=rule.rule_version + (kind == "readmitted"),
+                    rule_version=version,
                     **stamps,
                 )
             ],

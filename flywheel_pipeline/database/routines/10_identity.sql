@@ -48,8 +48,8 @@ COMMENT ON FUNCTION flywheel_pattern_key(text, text, text) IS 'Injective: two pa
 CREATE OR REPLACE FUNCTION flywheel_is_placeholder(runbook_id text) RETURNS boolean
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
   SELECT coalesce(btrim(runbook_id), '') = ''
-      OR upper(btrim(runbook_id)) LIKE ANY (ARRAY['AUTO-%', 'L2-%', 'ESC-%', 'UNASSIGNED-%'])
-      OR upper(btrim(runbook_id)) IN ('ESCALATE', 'GENERAL', 'UNKNOWN')
+      OR upper(btrim(runbook_id) COLLATE "C") LIKE ANY (ARRAY['AUTO-%', 'L2-%', 'ESC-%', 'UNASSIGNED-%'])
+      OR upper(btrim(runbook_id) COLLATE "C") IN ('ESCALATE', 'GENERAL', 'UNKNOWN')
 $$;
 
 COMMENT ON FUNCTION flywheel_is_placeholder(text) IS 'On the runbook field only, never on a rule id: RB-AUTO-FIREWALL is a good rule. Twin of promotion.runbook_ids.is_placeholder';

@@ -2,7 +2,8 @@
 -- where it puts a rule on more machines, only if every required gate passed in the same batch. l1_rules is the
 -- fold of its events, and nothing else can write a folded column.
 
--- Reference rows, set exactly to these.
+-- Reference rows, set exactly to these. Legal steps change here alone: the padlock refuses all other writers.
+DROP TRIGGER IF EXISTS flywheel_guard_transitions ON rule_transitions;
 CREATE TEMP TABLE edges (kind text, from_state text, to_state text, meaning text) ON COMMIT DROP;
 INSERT INTO edges VALUES
   ('registered', 'none', 'fleet', 'a built-in rule that agents ship with'),
@@ -68,11 +69,25 @@ $$;
 COMMENT ON FUNCTION flywheel_runbook_problem(text, text) IS 'Why this runbook cannot be served to that platform; null: it can';
 
 CREATE OR REPLACE FUNCTION flywheel_conditions_empty(incident_pattern jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT incident_pattern IS NULL OR jsonb_typeof(incident_pattern) NOT IN ('object', 'array')
-      OR incident_pattern IN ('{}'::jsonb, '[]'::jsonb)
-      OR (jsonb_typeof(incident_pattern) = 'object' AND NOT EXISTS (
-            SELECT FROM jsonb_each_text(incident_pattern) c WHERE c.key IN ('incident_type', 'check_type') AND btrim(coalesce(c.value, '')) <> ''))
+  SELECT CASE
+    WHEN incident_pattern IS NULL OR jsonb_typeof(incident_pattern) NOT IN ('object', 'array') THEN true
+    WHEN EXISTS (SELECT FROM jsonb_array_elements(p.parts) part WHERE jsonb_typeof(part) <> 'object') THEN true
+    ELSE NOT EXISTS (
+      SELECT
+      FROM jsonb_array_elements(p.parts) part
+      CROSS JOIN LATERAL (
+        SELECT part ->> 'field' AS field, coalesce(part ->> 'operator', 'eq') AS operator, part -> 'value' AS value WHERE part ? 'field'
+        UNION ALL
+        SELECT e.key, 'eq', e.value FROM jsonb_each(CASE WHEN jsonb_typeof(part) = 'object' THEN part END) e WHERE NOT part ? 'field'
+      ) c
+      CROSS JOIN LATERAL (SELECT CASE jsonb_typeof(c.value) WHEN 'array' THEN c.value ELSE jsonb_build_array(c.value) END AS named) n
+      WHERE c.field IN ('incident_type', 'check_type') AND c.operator IN ('eq', 'in') AND n.named <> '[]'
+        AND NOT EXISTS (SELECT FROM jsonb_array_elements(n.named) v WHERE jsonb_typeof(v) <> 'string' OR btrim(v #>> '{}') = '')
+    )
+  END
+  FROM (SELECT CASE jsonb_typeof(incident_pattern) WHEN 'array' THEN incident_pattern ELSE jsonb_build_array(incident_pattern) END AS parts) p
 $$;
+COMMENT ON FUNCTION flywheel_conditions_empty(jsonb) IS 'Whether these conditions name no incident type, so that the rule might match everything';
 
 CREATE OR REPLACE FUNCTION flywheel_guard_event() RETURNS trigger LANGUAGE plpgsql
 SET search_path = public, pg_temp AS $$
@@ -85,7 +100,7 @@ BEGIN
   PERFORM pg_advisory_xact_lock(hashtext('flywheel:rule'), hashtext(NEW.rule_id));
   SELECT * INTO rule FROM l1_rules WHERE rule_id = NEW.rule_id FOR UPDATE;
 
-  IF btrim(NEW.actor) = '' OR btrim(NEW.reason) = '' THEN
+  IF coalesce(NEW.actor, '') !~ '\S' OR coalesce(NEW.reason, '') !~ '\S' THEN
     RAISE EXCEPTION 'rule %: an event needs an actor and a reason', NEW.rule_id;
   END IF;
   IF NEW.from_state IS DISTINCT FROM coalesce(rule.state, 'none') THEN
@@ -144,14 +159,35 @@ BEGIN
     IF (SELECT act FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1) = 'freeze' THEN
       RAISE EXCEPTION 'rule %: promotion is frozen', NEW.rule_id USING HINT = 'flywheel thaw ends the freeze';
     END IF;
-    SELECT * INTO decision FROM promotion_decisions WHERE decision_id = NEW.decision_id;
+    SELECT * INTO decision FROM promotion_decisions WHERE decision_id = NEW.decision_id FOR UPDATE;
     IF decision.decision_id IS NULL OR decision.verdict NOT IN ('promote', 'advance') OR decision.confirmed_batch_id IS DISTINCT FROM NEW.batch_id
        OR (decision.subject_kind = 'pattern' AND decision.subject_id IS DISTINCT FROM NEW.definition ->> 'pattern_key')
        OR (decision.subject_kind = 'rule' AND decision.subject_id IS DISTINCT FROM NEW.rule_id) THEN
       RAISE EXCEPTION 'rule %: no decision of batch % promotes it', NEW.rule_id, NEW.batch_id;
     END IF;
+    IF (NEW.from_state = 'proposed' AND (NEW.kind = 'promoted') IS DISTINCT FROM (decision.verdict = 'promote'))
+       OR (decision.subject_kind = 'pattern' AND coalesce(nullif(decision.evidence ->> 'stage', 'none'), 'proposed') IS DISTINCT FROM NEW.from_state) THEN
+      RAISE EXCEPTION 'rule %: decision % is for another step than % from %', NEW.rule_id, NEW.decision_id, NEW.kind, NEW.from_state
+        USING HINT = 'each step is decided on its own';
+    END IF;
+    IF decision.subject_kind = 'pattern' AND (decision.evidence ->> 'runbook_id', decision.evidence ->> 'platform')
+       IS DISTINCT FROM (NEW.definition ->> 'runbook_id', NEW.definition ->> 'platform') THEN
+      RAISE EXCEPTION 'rule %: decision % speaks of another runbook or platform than the rule runs', NEW.rule_id, NEW.decision_id;
+    END IF;
+    IF EXISTS (SELECT FROM rule_events e WHERE e.decision_id = NEW.decision_id) THEN
+      RAISE EXCEPTION 'rule %: decision % was applied already', NEW.rule_id, NEW.decision_id;
+    END IF;
     NEW.policy_hash := decision.policy_hash;
-    IF NEW.certificate IS NULL THEN RAISE EXCEPTION 'rule %: a promotion carries its certificate', NEW.rule_id; END IF;
+    IF NEW.certificate IS NULL OR jsonb_typeof(NEW.certificate) <> 'object' THEN
+      RAISE EXCEPTION 'rule %: a promotion carries its certificate', NEW.rule_id;
+    END IF;
+    SELECT string_agg(f.name, ', ' ORDER BY f.name) INTO problem
+    FROM (VALUES ('rule_id', to_jsonb(NEW.rule_id::text)), ('rule_version', to_jsonb(NEW.rule_version)), ('content_hash', to_jsonb(NEW.content_hash::text)),
+                 ('policy_hash', to_jsonb(decision.policy_hash::text)), ('target_state', to_jsonb(NEW.to_state::text)), ('batch_id', to_jsonb(NEW.batch_id))) f (name, value)
+    WHERE NEW.certificate -> f.name IS DISTINCT FROM f.value;
+    IF problem IS NOT NULL THEN
+      RAISE EXCEPTION 'rule %: the certificate is of another promotion: it differs in %', NEW.rule_id, problem;
+    END IF;
   END IF;
   RETURN NEW;
 END $$;
@@ -206,6 +242,14 @@ BEGIN
   END IF;
   RETURN NEW;
 END $$;
+
+CREATE OR REPLACE FUNCTION flywheel_guard_transitions() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION '% on rule_transitions is refused: the legal steps are part of the program', TG_OP
+    USING HINT = 'change database/routines/30_ledger.sql and run flywheel db upgrade';
+END $$;
+CREATE TRIGGER flywheel_guard_transitions BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON rule_transitions
+  FOR EACH STATEMENT EXECUTE FUNCTION flywheel_guard_transitions();
 
 DROP TRIGGER IF EXISTS flywheel_guard_event ON rule_events;
 CREATE TRIGGER flywheel_guard_event BEFORE INSERT ON rule_events FOR EACH ROW EXECUTE FUNCTION flywheel_guard_event();
