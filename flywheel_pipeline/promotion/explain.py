@@ -14,7 +14,7 @@ from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.health.failing_rules import failures_of
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.decide import load_pattern_evidence, load_rule_evidence
-from flywheel_pipeline.promotion.gates import Decision, decide_pattern, decide_rule
+from flywheel_pipeline.promotion.gates import Decision, decide_pattern, decide_rule, is_high_risk
 from flywheel_pipeline.promotion.plain import plain
 from flywheel_pipeline.promotion.policy import Policy, load_policy
 
@@ -37,13 +37,15 @@ def _current_batch(connection: sa.Connection) -> Batch:
     )
 
 
-def _ladder(policy: Policy, incident_type: str, successes: int, failures: int, attempt: int) -> list[dict[str, Any]]:
+def _ladder(
+    policy: Policy, incident_type: str, successes: int, failures: int, attempt: int, *, high_risk: bool
+) -> list[dict[str, Any]]:
     """Each stage's test on these episodes, with the clean episodes still needed."""
     if policy.kind != "sequential":
         return []
     rows = []
     for stage in ("canary", "ring", "fleet"):
-        gate = policy.stage_gate(stage, incident_type)
+        gate = policy.stage_gate(stage, incident_type, high_risk=high_risk)
         alpha = evalue.spent_alpha(gate.alpha, attempt)
         rows.append(
             {
@@ -164,6 +166,9 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         summary = f"In service ({rule['state']}), runs {rule['runbook_id']}; {rate}. It was brought there by {rule['state_actor']}: {rule['state_reason']}"
     else:
         summary = f"{rule['state'].capitalize()}, not in service; {rate}. {rule['state_actor']}: {rule['state_reason']}"
+    runbook = connection.execute(
+        sa.text("SELECT is_disruptive, category FROM runbooks WHERE runbook_id = :id"), {"id": rule["runbook_id"]}
+    ).one_or_none()
     causes = failures_of(connection, [rule["rule_id"]]).get(rule["rule_id"], [])
     return _document(
         policy,
@@ -173,7 +178,16 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         summary,
         decision=_said(decision),
         gates=plain(decision.gates),
-        ladder=_ladder(policy, evidence.incident_type, evidence.rated_successes, evidence.rated_failures, 1),
+        ladder=_ladder(
+            policy,
+            evidence.incident_type,
+            evidence.rated_successes,
+            evidence.rated_failures,
+            1,
+            high_risk=is_high_risk(
+                bool(runbook and runbook.is_disruptive), runbook.category if runbook else None, policy
+            ),
+        ),
         evidence=plain(evidence),
         events=_events(connection, rule["rule_id"]),
         decisions=_decisions(connection, "rule", rule["rule_id"]),
@@ -219,7 +233,14 @@ def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: d
         summary,
         decision=_said(decision),
         gates=plain(decision.gates),
-        ladder=_ladder(policy, evidence.incident_type, s, f, evidence.attempt),
+        ladder=_ladder(
+            policy,
+            evidence.incident_type,
+            s,
+            f,
+            evidence.attempt,
+            high_risk=is_high_risk(evidence.is_disruptive, evidence.category, policy),
+        ),
         evidence=plain(evidence),
         events=_events(connection, pattern["promoted_to_rule_id"]),
         decisions=_decisions(connection, "pattern", key),

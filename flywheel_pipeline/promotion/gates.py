@@ -204,13 +204,12 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
 # ------------------------------------------------------------------------------------------- sequential policies
 
 
-def _high_risk(e: PatternEvidence, policy: Policy) -> bool:
-    # A runbook whose category nobody stated might be of any class: it is taken for the worst.
-    return (
-        e.is_disruptive
-        or e.category is None
-        or e.category.strip().lower() in ("", *policy.approval.high_risk_categories)
-    )
+def is_high_risk(is_disruptive: bool, category: str | None, policy: Policy) -> bool:
+    """Return whether a runbook is of the high-risk class: disruptive, or of a category that the policy names.
+
+    A runbook whose category nobody stated might be of any class: it is taken for the worst.
+    """
+    return is_disruptive or category is None or category.strip().lower() in ("", *policy.approval.high_risk_categories)
 
 
 def _matches(e: PatternEvidence, policy: Policy) -> GateResult:
@@ -307,7 +306,7 @@ def _approval(e: PatternEvidence, policy: Policy, target: str) -> GateResult | N
     if target != "shadow":
         if policy.approval.required_always:
             reasons.append(f"policy {policy.name} asks for one")
-        if policy.approval.required_for_disruptive and _high_risk(e, policy):
+        if policy.approval.required_for_disruptive and is_high_risk(e.is_disruptive, e.category, policy):
             reasons.append("the runbook is of the high-risk class")
     if target == "fleet" and e.active_sites < policy.approval.min_active_sites_without:
         reasons.append(
@@ -338,7 +337,7 @@ def _shadow(e: PatternEvidence, policy: Policy) -> GateResult:
 
 
 def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[GateResult], dict[str, str]]:
-    gate = policy.stage_gate(target, e.incident_type, high_risk=_high_risk(e, policy))
+    gate = policy.stage_gate(target, e.incident_type, high_risk=is_high_risk(e.is_disruptive, e.category, policy))
     alpha = evalue.spent_alpha(gate.alpha, e.attempt)
     need = evalue.threshold(alpha)
     # Each site is capped, so 200 sites share few distinct counts: what depends on counts only is asked once for each.
