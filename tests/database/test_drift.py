@@ -83,7 +83,7 @@ def test_a_success_rate_in_percent_is_named(engine: sa.Engine) -> None:
             "function flywheel_append_only()",
             "another body",
         ),
-        ("DROP FUNCTION flywheel_touch_rule(text)", "function flywheel_touch_rule", "missing"),
+        ("DROP FUNCTION flywheel_touch_rule(rule_aliases)", "function flywheel_touch_rule", "missing"),
         ("ALTER TABLE sites ALTER COLUMN status TYPE text", "column sites.status", "another type"),
         ("ALTER TABLE sites ALTER COLUMN status DROP NOT NULL", "column sites.status", "another nullability"),
         (
