@@ -6,7 +6,6 @@ import datetime as dt
 import os
 import socket
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +17,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.aggregates.batches import activate_policy
 from flywheel_pipeline.database.settings import Settings
 from flywheel_pipeline.errors import PortInUse
-from flywheel_pipeline.serve import Services, start
+from flywheel_pipeline.serve import Services, require_free_port, start
 
 pytestmark = [pytest.mark.daemon, pytest.mark.timeout(180)]
 
@@ -85,8 +84,6 @@ def test_telemetry_by_plain_sql_becomes_a_promoted_rule_and_stopping_leaves_noth
     port = free_port()
     services = start(settings, engine.url, host="127.0.0.1", port=port)
     try:
-        with urllib.request.urlopen(f"{services.url}/server_info", timeout=10) as answer:
-            assert answer.status == 200
         with pytest.raises(PortInUse):
             start(settings, engine.url, host="127.0.0.1", port=port)
 
@@ -134,5 +131,4 @@ def test_telemetry_by_plain_sql_becomes_a_promoted_rule_and_stopping_leaves_noth
     while (left := processes_of(settings.home)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == {}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+    require_free_port("127.0.0.1", port)  # the port can be had again at once

@@ -1,0 +1,147 @@
+"""What a data engineer sees: the UI in headless Chromium, on the played day."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import Environment
+from graph_runs import PlayedDay
+
+from flywheel_pipeline.database.settings import Settings
+from flywheel_pipeline.serve import Services, start
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+pytestmark = [pytest.mark.browser, pytest.mark.daemon, pytest.mark.timeout(180)]
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMEDRIVER = shutil.which("chromedriver")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1600,1200",
+)
+LOCATION = "flywheel"
+WAIT_SECONDS = 45
+
+
+@pytest.fixture(scope="module")
+def ui(played: PlayedDay, environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """The webserver on the played day; no daemon, so nothing moves while somebody looks."""
+    home = tmp_path_factory.mktemp("ui")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with environment(played.engine, home):
+        services = start(Settings(home=home), played.engine.url, host="127.0.0.1", port=port, daemon=False)
+        try:
+            yield services
+        finally:
+            services.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """Headless Chromium of the distribution; its profile is thrown away."""
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip(
+            "no chromium with chromedriver on this machine; .ci/run installs them (apt: chromium chromium-driver)"
+        )
+    from selenium import webdriver
+
+    profile = tmp_path_factory.mktemp("profile")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(executable_path=CHROMEDRIVER, env={**os.environ, "HOME": str(profile)})
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+def wait_for_text(browser: Chrome, *texts: str) -> str:
+    """Wait until the page shows all of these, and return its whole text."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def shown(driver: Chrome) -> str | None:
+        text = driver.find_element(By.TAG_NAME, "body").text
+        return text if all(wanted in text for wanted in texts) else None
+
+    from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+
+    try:
+        found = WebDriverWait(browser, WAIT_SECONDS, ignored_exceptions=[StaleElementReferenceException]).until(shown)
+    except TimeoutException:
+        text = browser.find_element(By.TAG_NAME, "body").text
+        pytest.fail(f"{browser.current_url} does not show {[t for t in texts if t not in text]} but:\n{text[:3000]}")
+    return str(found)
+
+
+def test_the_asset_graph_shows_every_room(ui: Services, browser: Chrome) -> None:
+    browser.get(f"{ui.url}/asset-groups")
+    text = wait_for_text(browser, "telemetry", "promotion")
+    assert "default" not in text.split()
+
+
+def test_the_check_of_failing_rules_names_bitlocker_with_its_matches_rate_and_errors(
+    ui: Services, browser: Chrome
+) -> None:
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"{ui.url}/assets/l1_rules?view=checks&checkDetail=no_failing_rules")
+    text = wait_for_text(browser, "no_failing_rules", "non-blocking", "RB-AUTO-BITLOCKE", "[Show Markdown]")
+    assert "succeeded in 917 of 3,057 executions (30.0 %)" in text
+    browser.find_element(By.XPATH, "//*[text()='[Show Markdown]']").click()
+    text = wait_for_text(browser, "top errors")
+    assert "3057" in text
+    assert "540 x A compatible Trusted Platform Module" in text
+    assert "L1-LIN-CRYPTO-001" in text
+
+
+def test_an_asset_page_shows_what_it_is_whose_and_how_it_is_made(ui: Services, browser: Chrome) -> None:
+    browser.get(f"{ui.url}/assets/rule_daily_stats")
+    wait_for_text(
+        browser,
+        "What each L1 rule did at one site on one day",
+        "Grain: one row per site, UTC day and L1 rule.",
+        "data-platform",
+        "public.rule_daily_stats",
+        "rule_daily_stats.sql",
+        "the L1 rule, aliases resolved",
+        "rows_inserted",
+        "preview",
+    )
+
+
+def test_the_launchpad_of_a_human_act_asks_for_actor_and_reason(ui: Services, browser: Chrome) -> None:
+    browser.get(f"{ui.url}/locations/{LOCATION}/jobs/human_quarantine/playground")
+    wait_for_text(browser, "quarantine_act", "actor", "reason")
+
+
+def test_no_page_logs_an_error_in_the_browser(ui: Services, browser: Chrome) -> None:
+    for page in ("/asset-groups", "/assets/l1_rules", "/runs"):
+        browser.get(f"{ui.url}{page}")
+        wait_for_text(browser, "Overview")
+        problems = [
+            entry["message"]
+            for entry in browser.get_log("browser")
+            if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
+        ]
+        assert problems == []
