@@ -300,8 +300,8 @@ def _promoted_streams() -> list[Stream]:
             "RB-WIN-SEC-002",
             (
                 Portion(16, ("NVWS01", "NVWS02", "NVSRV01", "LFWS01", "LFWS02", "LFSRV01", "NVDC01", "LFDC01")),
-                Portion(5, ("NVWS06", "LFWS03"), "verify"),
-                Portion(3, ("LFWS04",), "unauthorized"),
+                # Group policy reverts the fix on these: the runbook's own fault, so under `standard` it is refuted.
+                Portion(8, ("NVWS06", "LFWS03", "LFWS04"), "verify"),
             ),
             "RB-AUTO-AUDIT_PO",
         ),
