@@ -94,3 +94,54 @@ def import_patterns(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]
     if values:
         connection.execute(sa.insert(tables.patterns), values)
     return len(values)
+
+
+# A pattern's platform is the one on which telemetry saw its incident type with its runbook, if only one; else the one its
+# runbook is made for; else the only one on which its incident type was seen. Of several patterns with one key the first
+# has it, promoted ones first.
+_KEY_ADOPTED = """
+WITH seen AS MATERIALIZED (
+  SELECT DISTINCT level = 'L1' AS by_rule, incident_type, runbook_id, platform FROM executions WHERE platform <> 'unknown'
+),
+by_runbook AS (
+  SELECT incident_type, runbook_id, min(platform) AS platform FROM seen
+  WHERE NOT by_rule GROUP BY incident_type, runbook_id HAVING count(DISTINCT platform) = 1
+),
+by_type AS (
+  SELECT incident_type, min(platform) AS platform FROM seen GROUP BY incident_type HAVING count(DISTINCT platform) = 1
+),
+placed AS (
+  SELECT p.id, p.status, p.promoted_at, p.incident_type, n.runbook_id,
+         coalesce(nullif(lower(p.platform), ''), r.platform, b.platform, t.platform) AS platform
+  FROM patterns AS p
+  CROSS JOIN LATERAL (
+    SELECT coalesce(nullif(p.runbook_id, ''),
+                    CASE WHEN starts_with(p.pattern_signature, p.incident_type || ':')
+                         THEN nullif(substr(p.pattern_signature, length(p.incident_type) + 2), '') END) AS runbook_id
+  ) AS n
+  LEFT JOIN by_runbook AS r ON r.incident_type = p.incident_type AND r.runbook_id = n.runbook_id
+  LEFT JOIN by_type AS t ON t.incident_type = p.incident_type
+  LEFT JOIN runbooks AS b ON b.runbook_id = n.runbook_id
+  WHERE p.pattern_key IS NULL
+),
+keyed AS (
+  SELECT id, platform, flywheel_pattern_key(incident_type, runbook_id, platform) AS pattern_key,
+         row_number() OVER (PARTITION BY incident_type, runbook_id, platform
+                            ORDER BY (status = 'promoted') DESC, promoted_at, id) AS nth
+  FROM placed
+)
+UPDATE patterns AS p SET platform = k.platform, pattern_key = CASE WHEN k.nth = 1 THEN k.pattern_key END
+FROM keyed AS k
+WHERE k.id = p.id AND k.platform IS NOT NULL
+  AND NOT EXISTS (SELECT 1 FROM patterns AS o WHERE o.pattern_key = k.pattern_key)
+"""
+
+
+def key_adopted(connection: sa.Connection) -> int:
+    """Give the patterns that the old system left in the table their platform and key; return how many have one.
+
+    A pattern whose platform nothing tells, or whose key another one has, keeps a null key: it can never be promoted by
+    mistake.
+    """
+    connection.exec_driver_sql(_KEY_ADOPTED)
+    return int(connection.exec_driver_sql("SELECT count(*) FROM patterns WHERE pattern_key IS NOT NULL").scalar_one())

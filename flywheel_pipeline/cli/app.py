@@ -11,7 +11,7 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import acts, adopt, database, pipeline, promotion, telemetry
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -45,13 +45,14 @@ pipeline.register(app)
 telemetry.register(app)
 promotion.register(app)
 acts.register(app)
+adopt.register(app)
 app.add_typer(database.app, name="db")
 
 
 def main() -> None:
     """Run the command line; a FlywheelError becomes one sentence, a hint and its exit code."""
     try:
-        app()
+        app(prog_name="flywheel")
     except FlywheelError as error:
         err.print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
         if error.hint:

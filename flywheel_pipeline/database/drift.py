@@ -32,7 +32,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class _Object:
+class CatalogObject:
     """A database object: the table it belongs to ('' for a function), and what describes it."""
 
     table: str
@@ -121,20 +121,40 @@ def check(engine: Engine) -> list[Difference]:
     stands on our tables and nobody declared is named as well. Relations that nobody declared, and everything
     on them, are other systems' and are left out. Nothing is changed: the transaction is rolled back.
 
+    What an adoption left as the old system made it (`adoption_journal`) is no difference, as long as it stays exactly so.
+
     Raises SchemaMismatch when the database is at a revision newer than this release.
     """
     with engine.connect() as connection, connection.begin() as transaction:
         revision, head = declared.revision(connection), declared.head_revision()
-        live = _snapshot(connection, declared.SCHEMA)
-        expected = _declare(connection)
+        accepted = _accepted(connection)
+        expected, live = snapshots(connection)
         transaction.rollback()
-    differences = list(_differences(expected, live))
+    found = [difference for difference in differences(expected, live) if difference not in accepted]
     if revision != head:
-        differences.insert(0, Difference("migrations", "not at the newest revision", head, revision or "none"))
-    return differences
+        found.insert(0, Difference("migrations", "not at the newest revision", head, revision or "none"))
+    return found
 
 
-def _declare(connection: Connection) -> dict[str, _Object]:
+def snapshots(connection: Connection) -> tuple[dict[str, CatalogObject], dict[str, CatalogObject]]:
+    """Return (declared, live): every object by the label under which differences name it. Nothing stays changed."""
+    savepoint = connection.begin_nested()
+    live = _snapshot(connection, declared.SCHEMA)
+    expected = _declare(connection)
+    savepoint.rollback()
+    return expected, live
+
+
+def _accepted(connection: Connection) -> set[Difference]:
+    if not sa.inspect(connection).has_table("adoption_journal", schema=declared.SCHEMA):
+        return set()
+    rows = connection.execute(
+        sa.text(f"SELECT details FROM {declared.SCHEMA}.adoption_journal WHERE kind = 'accepted'")  # noqa: S608
+    )
+    return {Difference(**row.details) for row in rows}
+
+
+def _declare(connection: Connection) -> dict[str, CatalogObject]:
     """Create everything this release declares in a scratch schema and read it back."""
     connection.execute(sa.schema.CreateSchema(_SCRATCH))
     connection.execute(sa.text(f"SET LOCAL search_path = {_SCRATCH}"))
@@ -147,7 +167,7 @@ def _declare(connection: Connection) -> dict[str, _Object]:
     return _snapshot(connection, _SCRATCH)
 
 
-def _snapshot(connection: Connection, schema: str) -> dict[str, _Object]:
+def _snapshot(connection: Connection, schema: str) -> dict[str, CatalogObject]:
     connection.execute(sa.text(f"SET LOCAL search_path = {schema}"))
     facts: dict[str, dict[str, str]] = {}
     tables: dict[str, str] = {}
@@ -155,10 +175,11 @@ def _snapshot(connection: Connection, schema: str) -> dict[str, _Object]:
         for label, table, name, fact in connection.execute(sa.text(query), {"schema": schema}):
             facts.setdefault(label, {})[name] = fact
             tables[label] = table
-    return {label: _Object(tables[label], found) for label, found in facts.items()}
+    return {label: CatalogObject(tables[label], found) for label, found in facts.items()}
 
 
-def _differences(wanted: Mapping[str, _Object], live: Mapping[str, _Object]) -> Iterator[Difference]:
+def differences(wanted: Mapping[str, CatalogObject], live: Mapping[str, CatalogObject]) -> Iterator[Difference]:
+    """Name every difference of two snapshots, in order of object."""
     ours = {entry.table for entry in wanted.values()} - {""}
     present = {entry.table for entry in live.values()}
     for label in sorted(wanted.keys() | live.keys()):
@@ -190,7 +211,7 @@ def _problem(fact: str, expected: str, found: str) -> str:
     return f"another {fact}"
 
 
-def _spoken(described: _Object) -> str:
+def _spoken(described: CatalogObject) -> str:
     return _one_line(" ".join(fact for fact in described.facts.values() if fact))
 
 

@@ -45,7 +45,7 @@ def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeRepor
     of our names that Flywheel did not create; DatabaseUnavailable when the role may not create tables.
     """
     changes: list[str] = []
-    steps = (_create_dagster_schema, _migrate, _apply_routines, declared.sync_sql_models, seed.apply_seeds)
+    steps = (create_dagster_schema, _migrate, installation)
     try:
         with engine.begin() as connection:
             connection.execute(sa.text(f"SET LOCAL search_path = {declared.SCHEMA}"))
@@ -65,7 +65,14 @@ def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeRepor
     return UpgradeReport(tuple(changes))
 
 
-def _create_dagster_schema(connection: Connection) -> Iterator[str]:
+def installation(connection: Connection) -> Iterator[str]:
+    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds; yield each change."""
+    yield from _apply_routines(connection)
+    yield from declared.sync_sql_models(connection)
+    yield from seed.apply_seeds(connection)
+
+
+def create_dagster_schema(connection: Connection) -> Iterator[str]:
     if not sa.inspect(connection).has_schema(DAGSTER_SCHEMA):
         connection.execute(sa.schema.CreateSchema(DAGSTER_SCHEMA))
         yield f"schema {DAGSTER_SCHEMA}"
@@ -80,7 +87,7 @@ def _migrate(connection: Connection) -> list[str]:
         if theirs:
             raise SchemaMismatch(
                 f"The database already holds tables that Flywheel did not create: {', '.join(theirs)}.",
-                hint="Give Flywheel an empty database.",
+                hint="`flywheel adopt` lists what it takes to adopt them; otherwise give Flywheel an empty database.",
             )
     applied: list[str] = []
     scripts = declared.scripts()

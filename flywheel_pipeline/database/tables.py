@@ -548,3 +548,17 @@ schema_objects = sa.Table(
     sa.Column("applied_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
     comment="Routines, SQL models and seeds as last applied, by content hash.",
 )
+
+adoption_journal = sa.Table(
+    "adoption_journal",
+    metadata,
+    sa.Column("entry_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("kind", sa.String(20), nullable=False, comment="changed | accepted | saved | seeded | adopted | undone"),
+    sa.Column("subject", Text, nullable=False, comment="a table, table.column, or an object as `flywheel db check` names it"),
+    sa.Column("what", Text, nullable=False),
+    sa.Column("why", Text, nullable=False),
+    sa.Column("details", pg.JSONB, nullable=False, server_default=sa.text("'{}'::jsonb"), comment="what an undo needs"),
+    sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column("recorded_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="Append-only: what `flywheel adopt` changed, left as it was and saved. Empty where Flywheel made the database.",
+)

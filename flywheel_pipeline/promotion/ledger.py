@@ -40,11 +40,17 @@ def definition(
         "source": source,
         "promoted_from_l2": promoted_from_l2,
         "pattern_key": pattern_key,
-        "confidence": None if confidence is None else f"{confidence:.4f}",
+        "confidence": None if confidence is None else _decimal(confidence),
     }
     if severity is not None:
         content["severity"] = severity
     return content
+
+
+def _decimal(value: float) -> str:
+    """Print a number with four decimals, or with as many as it has: it must read back as itself."""
+    text = f"{value:.4f}"
+    return text if float(text) == value else repr(value)
 
 
 def _jsonb_text(value: Any) -> str:
@@ -103,7 +109,7 @@ def append_events(connection: sa.Connection, events: Iterable[RuleEvent]) -> lis
             "from_state": event.from_state,
             "to_state": event.to_state,
             "definition": dict(event.definition),
-            "content_hash": content_hash(event.definition),
+            "content_hash": _hash(event.definition),
             "actor": event.actor,
             "reason": event.reason,
             "decision_id": event.decision_id,
@@ -118,6 +124,14 @@ def append_events(connection: sa.Connection, events: Iterable[RuleEvent]) -> lis
         statement = sa.insert(tables.rule_events).values(**values).returning(tables.rule_events.c.event_id)
         ids.append(int(connection.execute(statement).scalar_one()))
     return ids
+
+
+def _hash(content: Mapping[str, Any]) -> str | sa.ColumnElement[str]:
+    """Hash here, or have PostgreSQL hash a definition with floats in it, as imported match conditions may have."""
+    try:
+        return content_hash(content)
+    except TypeError:
+        return sa.func.flywheel_content_hash(sa.cast(dict(content), tables.rule_events.c.definition.type))
 
 
 def register_builtin(connection: sa.Connection, rules: Sequence[Mapping[str, Any]]) -> int:
@@ -151,10 +165,11 @@ def register_builtin(connection: sa.Connection, rules: Sequence[Mapping[str, Any
 def import_rules(connection: sa.Connection, rules: Sequence[Mapping[str, Any]], *, actor: str, reason: str) -> int:
     """Take over the rules of the system before, as they stood; return how many were new.
 
-    Each rule needs rule_id, incident_pattern, runbook_id, enabled; platform, pattern_key, confidence and created_at
-    where known. Enabled rules are imported as fleet, the others as quarantined.
+    Each rule needs rule_id, incident_pattern, runbook_id, enabled; platform, pattern_key, source, confidence and
+    created_at where known. Enabled rules are imported as fleet, the others as quarantined. A rule is known once the
+    ledger holds it: on an adopted database it stands in l1_rules before.
     """
-    known = set(connection.execute(sa.text("SELECT rule_id FROM l1_rules")).scalars())
+    known = set(connection.execute(sa.text("SELECT DISTINCT rule_id FROM rule_events")).scalars())
     events = [
         RuleEvent(
             rule_id=rule["rule_id"],
@@ -165,7 +180,7 @@ def import_rules(connection: sa.Connection, rules: Sequence[Mapping[str, Any]], 
                 incident_pattern=rule["incident_pattern"],
                 runbook_id=rule["runbook_id"],
                 platform=rule.get("platform"),
-                source="promoted",
+                source=rule.get("source", "promoted"),
                 promoted_from_l2=bool(rule.get("promoted_from_l2", True)),
                 pattern_key=rule.get("pattern_key"),
                 confidence=rule.get("confidence"),

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import old_system
 import pytest
 import sqlalchemy as sa
 
-from flywheel_pipeline.database import migrate
+from flywheel_pipeline.database import adopt, migrate
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.errors import DatabaseUnavailable
 
@@ -25,9 +26,7 @@ def installed() -> list[tuple[int, Path]]:
     """Major version and `bin` of every PostgreSQL server from system packages, oldest first."""
     found = []
     for program in Path("/usr/lib/postgresql").glob("*/bin/postgres"):
-        version = subprocess.run(
-            [str(program), "--version"], capture_output=True, text=True, check=True
-        ).stdout
+        version = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=True).stdout
         major = re.search(r"(\d+)", version)
         if major:
             found.append((int(major[1]), program.parent))
@@ -89,6 +88,28 @@ def test_upgrade_twice_and_check_on_another_postgresql(url: str) -> None:
             )
         )
         assert connection.execute(sa.text("SELECT count(*) FROM touched_cells")).scalar_one() == 1
+    engine.dispose()
+
+
+def test_an_adoption_and_its_undo_on_another_postgresql(url: str) -> None:
+    postgres = open_engine(url).execution_options(isolation_level="AUTOCOMMIT")
+    with postgres.connect() as connection:
+        connection.exec_driver_sql("CREATE DATABASE old_system")
+    postgres.dispose()
+    engine = open_engine(postgres.url.set(database="old_system"))
+    old_system.make(engine)
+    catalog, contents = old_system.fingerprint(engine), old_system.contents(engine)
+    adopt.apply(engine, actor="Dana", reason="the pilot is over")
+    assert migrate.check(engine) == []
+    with engine.connect() as connection:
+        rates = "SELECT max(success_rate) FROM rule_rates"  # the view, with an index on what it reads, was made again
+        assert connection.exec_driver_sql(rates).scalar_one() <= 1
+    adopt.undo(engine)
+    after = old_system.fingerprint(engine)
+    for kind in catalog.keys() - {"columns"}:  # before PostgreSQL 17 a computed column comes back as the last one
+        assert after[kind] == catalog[kind], kind
+    assert [fact[:-1] for fact in after["columns"]] == [fact[:-1] for fact in catalog["columns"]]
+    assert old_system.contents(engine) == contents
     engine.dispose()
 
 

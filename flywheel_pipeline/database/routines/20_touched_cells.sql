@@ -2,6 +2,7 @@
 -- writer's own transaction: whatever commits is in the outbox, whatever rolls back is not, in any commit order.
 -- Append-only and without a key, so that concurrent writers never wait for each other.
 -- The NOTIFY is a hint for a waiting sensor; the outbox is the truth.
+-- The triggers run with their owner's rights: who may write telemetry need not know the outbox.
 
 -- Held by every refresh to the end of its transaction, and by whoever changes how rows are read.
 CREATE OR REPLACE FUNCTION flywheel_lock_refresh() RETURNS void LANGUAGE sql AS $$
@@ -28,7 +29,7 @@ BEGIN
   END IF;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_touch_inserted() RETURNS trigger LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION flywheel_touch_inserted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 DECLARE
   days date[];
@@ -44,7 +45,7 @@ BEGIN
   RETURN NULL;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_touch_deleted() RETURNS trigger LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION flywheel_touch_deleted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 BEGIN
   INSERT INTO touched_cells (site_id, day) SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM old_rows;
@@ -52,7 +53,7 @@ BEGIN
   RETURN NULL;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_touch_updated() RETURNS trigger LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION flywheel_touch_updated() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 DECLARE
   days date[];
@@ -105,7 +106,7 @@ BEGIN
   RETURN cells;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_touch_truncated() RETURNS trigger LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION flywheel_touch_truncated() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 BEGIN
   -- Before the rows go: TRUNCATE has no transition table. Its table lock is held already, and a refresh may wait for

@@ -211,7 +211,7 @@ BEGIN
   RETURN NULL;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_guard_rule() RETURNS trigger LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION flywheel_guard_rule() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 DECLARE
   e rule_events%ROWTYPE;

@@ -19,6 +19,40 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "adoption_journal",
+        sa.Column("entry_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column(
+            "kind",
+            sa.String(length=20),
+            nullable=False,
+            comment="changed | accepted | saved | seeded | adopted | undone",
+        ),
+        sa.Column(
+            "subject",
+            sa.Text(),
+            nullable=False,
+            comment="a table, table.column, or an object as `flywheel db check` names it",
+        ),
+        sa.Column("what", sa.Text(), nullable=False),
+        sa.Column("why", sa.Text(), nullable=False),
+        sa.Column(
+            "details",
+            postgresql.JSONB(astext_type=sa.Text()),
+            server_default=sa.text("'{}'::jsonb"),
+            nullable=False,
+            comment="what an undo needs",
+        ),
+        sa.Column("actor", sa.String(length=255), nullable=False),
+        sa.Column(
+            "recorded_at",
+            sa.TIMESTAMP(timezone=True),
+            server_default=sa.text("clock_timestamp()"),
+            nullable=False,
+        ),
+        sa.PrimaryKeyConstraint("entry_id", name=op.f("adoption_journal_pkey")),
+        comment="Append-only: what `flywheel adopt` changed, left as it was and saved. Empty where Flywheel made the database.",
+    )
+    op.create_table(
         "appliance_commands",
         sa.Column("id", sa.UUID(), server_default=sa.text("gen_random_uuid()"), nullable=False),
         sa.Column("appliance_id", sa.String(length=255), nullable=False),
