@@ -9,6 +9,7 @@ description: >
   Raw counts as reported, outcome classes, and episodes side by side; all of them additive.
 owner: team:data-platform
 key: [site_id, day, rule_id]
+indexes: [[site_id, rule_id, day]]
 columns:
   site_id: [text, "the site under its name of today"]
   day: [date, "UTC day of event time"]
@@ -31,7 +32,7 @@ columns:
   successful_episodes: [bigint, "host-days healed for good"]
   first_at: [timestamptz, "first execution"]
   last_at: [timestamptz, "last execution"]
-consumers: [rule_site_stats, rule_scorecard]
+consumers: [rule_month_stats, rule_scorecard]
 ---*/
 SELECT
   site_id,

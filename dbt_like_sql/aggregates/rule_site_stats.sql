@@ -53,5 +53,5 @@ SELECT
   sum(successful_episodes)::bigint AS successful_episodes,
   min(first_at) AS first_at,
   max(last_at) AS last_at
-FROM rule_daily_stats
+FROM rule_month_stats
 GROUP BY site_id, rule_id

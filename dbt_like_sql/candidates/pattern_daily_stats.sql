@@ -9,6 +9,7 @@ description: >
   It comes from telemetry, so the failures are in it. Placeholders are kept as patterns of their own: never promoted, always seen.
 owner: team:data-platform
 key: [site_id, day, pattern_key]
+indexes: [[site_id, pattern_key, day]]
 columns:
   site_id: [text, "the site under its name of today"]
   day: [date, "UTC day of event time"]
@@ -34,7 +35,7 @@ columns:
   successful_episodes: [bigint, "host-days healed for good"]
   first_at: [timestamptz, "first execution"]
   last_at: [timestamptz, "last execution"]
-consumers: [pattern_site_stats]
+consumers: [pattern_month_stats]
 ---*/
 SELECT
   site_id,

@@ -58,5 +58,5 @@ SELECT
   sum(successful_episodes)::bigint AS successful_episodes,
   min(first_at) AS first_at,
   max(last_at) AS last_at
-FROM pattern_daily_stats
+FROM pattern_month_stats
 GROUP BY site_id, pattern_key, incident_type, runbook_id, platform

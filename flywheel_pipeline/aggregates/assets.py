@@ -87,7 +87,7 @@ def build_backfill_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         day = dt.date.fromisoformat(context.partition_key)
         with database.engine.begin() as connection:
             touched = touch(connection, from_day=day, to_day=day)
-            report = refresh(connection, graph)
+            report = refresh(connection, graph, whole_rollups=True)
         return dg.MaterializeResult(
             metadata={
                 "touched_cells": touched,

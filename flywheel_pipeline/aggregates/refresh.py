@@ -5,23 +5,33 @@ purged days. Does not belong here: what a model computes (`dbt_like_sql/`).
 
 Exact whatever the order of commits: a row and its outbox entry commit together, the entry is taken before the row is
 read, and the recompute sets rows, it never adds to them. One advisory lock, taken in a statement of its own before
-the first read, keeps two refreshes from writing back an older snapshot.
+the first read, keeps two refreshes from writing back an older snapshot; who changes aliases or class rules holds it too.
+The log is read once, by one statement, so that all models are of one moment.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.sql_models.cells import CellCounts, recompute
-from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
+from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
+from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute
+from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models, telemetry_columns
+from flywheel_pipeline.sql_models.sync import stale_models
 
-REFRESH_LOCK = 0x666C7977686C0001  # 'flywhl', lock 1
 CHUNK_CELLS = 20_000
+# One refresh at a time, so it may take memory: sorts and hashes of a thousand site-days stay off the disk. The planner
+# has no statistics on the views inside and would price their work so high that compiling it seems worth while.
+_SETTINGS = "SET LOCAL work_mem = '64MB'; SET LOCAL jit = off"
+# The log is read by index up to the point where that touches so much of it that one scan is cheaper. Measured: a
+# site-day costs about what 500 rows of a sequential scan do; a row takes about 300 bytes.
+_SCANNED_ROWS_PER_CELL = 500
+_ROW_BYTES = 300
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class RefreshReport:
 
 def lock_refresh(connection: sa.Connection) -> None:
     """Wait for the refresh lock; it is held to the end of the transaction."""
-    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": REFRESH_LOCK})
+    connection.exec_driver_sql("SELECT flywheel_lock_refresh()")
 
 
 _TAKE_ALL = "DELETE FROM touched_cells RETURNING site_id, day"
@@ -72,6 +82,43 @@ CROSS JOIN LATERAL (
   SELECT c.site_id UNION SELECT a.alias FROM site_aliases AS a WHERE a.site_id = c.site_id
 ) AS n (site_id)
 """
+_SCOPE_MONTHS = """
+CREATE TEMP TABLE scope_months ON COMMIT DROP AS
+SELECT DISTINCT site_id, date_trunc('month', day::timestamp)::date AS month FROM scope_days
+"""
+_SCOPE_SITES = "CREATE TEMP TABLE scope_sites ON COMMIT DROP AS SELECT DISTINCT site_id FROM scope_days"
+# OFFSET 0 keeps the planner on the index, one look per site-day: it has no idea how few rows a day is.
+_READ_BY_INDEX = """
+CREATE TEMP TABLE scope_telemetry ON COMMIT DROP AS
+SELECT r.* FROM scope_input AS s
+CROSS JOIN LATERAL (
+  SELECT {columns} FROM public.execution_telemetry AS t
+  WHERE t.site_id = s.site_id
+    AND t.event_at >= (s.day::timestamp AT TIME ZONE 'UTC') AND t.event_at < ((s.day + 1)::timestamp AT TIME ZONE 'UTC')
+  OFFSET 0
+) AS r
+"""
+_READ_BY_SCAN = """
+CREATE TEMP TABLE scope_telemetry ON COMMIT DROP AS
+SELECT {columns} FROM public.execution_telemetry AS t
+JOIN scope_input AS s ON s.site_id = t.site_id AND s.day = (t.event_at AT TIME ZONE 'UTC')::date
+"""
+_PURGED_DAYS = """
+WITH logged AS (
+  SELECT (event_at AT TIME ZONE 'UTC')::date AS day, count(*) AS rows FROM execution_telemetry
+  WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC' GROUP BY 1
+),
+counted AS (
+  SELECT day, sum(n)::bigint AS rows
+  FROM (
+    SELECT day, sum(executions) AS n FROM telemetry_daily_volume WHERE day < :before GROUP BY day
+    UNION ALL
+    SELECT day, count(*) FROM telemetry_violations WHERE day < :before AND problem = 'skewed_clock' GROUP BY day
+  ) AS c
+  GROUP BY day
+)
+SELECT l.day, l.rows, coalesce(c.rows, 0) AS counted FROM logged AS l LEFT JOIN counted AS c USING (day) ORDER BY l.day
+"""
 _COUNTERS = """
 UPDATE l1_rules AS r
 SET match_count = s.matches, success_count = s.successes, failure_count = s.failures, updated_at = clock_timestamp()
@@ -95,50 +142,54 @@ def refresh(
     *,
     batch_id: int | None = None,
     max_cells: int | None = None,
+    whole_rollups: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> RefreshReport:
     """Recompute the cells in the outbox, within the caller's transaction.
 
     Args:
-        connection: an open transaction; nothing is visible to others before it commits.
+        connection: an open transaction of level READ COMMITTED; nothing is visible to others before it commits.
         graph: the SQL models; None loads them.
         batch_id: the batch to stamp as refreshed.
         max_cells: take at most so many outbox cells, in order of site and day; None takes all.
+        whole_rollups: add up every key of the touched months and sites, as a rebuild does, so that rows that
+            somebody else changed are set right; else only keys whose days were written.
         progress: called with the name of each model before it is recomputed.
 
     Returns:
         Counts per model. A refresh with nothing in the outbox writes nothing but the counters' correction, if any.
+
+    Raises:
+        SchemaMismatch: the database holds other models than this code, or the transaction keeps an old snapshot.
     """
     started = time.monotonic()
     graph = graph or load_models()
     lock_refresh(connection)
-    for table in ("scope_taken", "scope_days", "scope_input", "scope_sites"):
-        connection.exec_driver_sql(f"DROP TABLE IF EXISTS pg_temp.{table}")
-    take = _TAKE_ALL if max_cells is None else _TAKE_SOME.format(limit=int(max_cells))
-    connection.exec_driver_sql("CREATE TEMP TABLE scope_taken (site_id text, day date) ON COMMIT DROP")
-    connection.exec_driver_sql(
-        f"WITH taken AS ({take}) INSERT INTO scope_taken SELECT DISTINCT site_id, day FROM taken"  # noqa: S608
-    )
-    connection.exec_driver_sql(_SCOPE_DAYS)
-    connection.exec_driver_sql(_SCOPE_INPUT)
-    connection.exec_driver_sql(
-        "CREATE TEMP TABLE scope_sites ON COMMIT DROP AS SELECT DISTINCT site_id FROM scope_days"
-    )
-    for table in ("scope_days", "scope_input", "scope_sites"):
-        connection.exec_driver_sql(f"ANALYZE {table}")
-    cells = connection.exec_driver_sql("SELECT count(*) FROM scope_days").scalar_one()
-
+    _refuse_what_would_corrupt(connection, graph)
+    connection.exec_driver_sql(_SETTINGS)
+    cells = _take(connection, graph, max_cells)
     counts: dict[str, CellCounts] = {}
     seconds: dict[str, float] = {}
-    for model in graph.models.values():
-        if model.materialized != "cell":
-            continue
+    models = [model for model in graph if model.materialized == "cell"]
+    followed = {upstream.name for m in models for upstream in _cells_below(graph, m) if m.cell != "day"}
+    for model in models:
         if progress is not None:
             progress(model.name)
         begun = time.monotonic()
-        counts[model.name] = recompute(connection, graph, model) if cells else CellCounts(0, 0, 0, 0)
+        counts[model.name] = CellCounts(0, 0, 0, 0)
+        scope = None if whole_rollups or model.cell == "day" else _changed_keys(connection, graph, model)
+        if cells:
+            counts[model.name] = recompute(
+                connection,
+                graph,
+                model,
+                scope=scope,
+                telemetry="pg_temp.scope_telemetry",
+                changed=f"changed_{model.name}" if model.name in followed else None,
+            )
         seconds[model.name] = time.monotonic() - begun
     changed = connection.exec_driver_sql(_COUNTERS).rowcount
+    _drop_scope(connection, graph)
     remaining = 0
     if max_cells is not None:
         remaining = pending_cells(connection)
@@ -153,6 +204,90 @@ def refresh(
             {"cells": cells, "rows": report.rows_written, "batch_id": batch_id},
         )
     return report
+
+
+def _refuse_what_would_corrupt(connection: sa.Connection, graph: ModelGraph) -> None:
+    # An older snapshot would be written back; so would the figures of an older release that still runs.
+    level = connection.exec_driver_sql("SELECT current_setting('transaction_isolation')").scalar_one()
+    if level != "read committed":
+        raise SchemaMismatch(
+            f"A refresh needs a transaction of isolation level read committed; this one is {level}.",
+            hint="Open it with engine.begin().",
+        )
+    other = stale_models(connection, graph)
+    if other:
+        raise SchemaMismatch(
+            f"The database was made with other SQL models than this program has: {', '.join(other[:5])}.",
+            hint="Run `flywheel db upgrade`, or restart this process if another release upgraded the database.",
+        )
+
+
+def _take(connection: sa.Connection, graph: ModelGraph, max_cells: int | None) -> int:
+    """Take outbox cells, widen them to the scope, and read the scope's telemetry; return the site-days to set."""
+    _drop_scope(connection, graph)
+    take = _TAKE_ALL if max_cells is None else _TAKE_SOME.format(limit=int(max_cells))
+    connection.exec_driver_sql("CREATE TEMP TABLE scope_taken (site_id text, day date) ON COMMIT DROP")
+    connection.exec_driver_sql(
+        f"WITH taken AS ({take}) INSERT INTO scope_taken SELECT DISTINCT site_id, day FROM taken"  # noqa: S608
+    )
+    for statement in (_SCOPE_DAYS, _SCOPE_INPUT, _SCOPE_MONTHS, _SCOPE_SITES):
+        connection.exec_driver_sql(statement)
+    cells = int(connection.exec_driver_sql("SELECT count(*) FROM scope_days").scalar_one())
+    if cells:
+        for table in ("scope_days", "scope_input", "scope_months", "scope_sites"):
+            connection.exec_driver_sql(f"ANALYZE {table}")
+        names = telemetry_columns(list(graph))
+        few = connection.execute(
+            sa.text(
+                "SELECT (SELECT count(*) FROM scope_input) * :rows_per_cell "
+                "< pg_relation_size('public.execution_telemetry') / :row_bytes"
+            ),
+            {"rows_per_cell": _SCANNED_ROWS_PER_CELL, "row_bytes": _ROW_BYTES},
+        ).scalar_one()
+        columns = ", ".join(f"t.{name}" for name in names)
+        if few:
+            connection.exec_driver_sql(_READ_BY_INDEX.format(columns=columns))
+        else:
+            # A loop over the site's index would read the whole site for each of its days: 60 s for 1 M rows, not 1.
+            connection.exec_driver_sql("SET LOCAL enable_nestloop = off")
+            connection.exec_driver_sql(_READ_BY_SCAN.format(columns=columns))
+            connection.exec_driver_sql("SET LOCAL enable_nestloop TO DEFAULT")
+        connection.exec_driver_sql("ANALYZE scope_telemetry")
+    return cells
+
+
+def _drop_scope(connection: sa.Connection, graph: ModelGraph) -> None:
+    """Drop the temporary tables of a refresh: the transaction may hold another one."""
+    names = ["scope_taken", "scope_days", "scope_input", "scope_months", "scope_sites", "scope_telemetry"]
+    names += [f"{kind}_{model.name}" for model in graph if model.cell for kind in ("changed", "keys")]
+    connection.exec_driver_sql("DROP TABLE IF EXISTS " + ", ".join(f"pg_temp.{name}" for name in names))
+
+
+def _cells_below(graph: ModelGraph, model: SqlModel) -> list[SqlModel]:
+    return [m for m in graph.inlined_path(model) if m.materialized == "cell"]
+
+
+def _changed_keys(connection: sa.Connection, graph: ModelGraph, model: SqlModel) -> Scope | None:
+    """Return the keys of this roll-up whose inputs this refresh has written; None where they cannot be told."""
+    below = _cells_below(graph, model)
+    derived = {"month": "date_trunc('month', day::timestamp)::date AS month"}
+    columns = tuple(
+        column for column in model.key if all(column in m.key or (column == "month" and "day" in m.key) for m in below)
+    )
+    if not below or not set(model.scope_columns) <= set(columns):
+        return None
+    table = f"keys_{model.name}"
+    parts = [
+        f"SELECT {', '.join(c if c in m.key else derived[c] for c in columns)} FROM changed_{m.name}"  # noqa: S608
+        for m in below
+    ]
+    if not connection.execute(
+        sa.text("SELECT to_regclass(:name) IS NOT NULL"), {"name": f"pg_temp.changed_{below[0].name}"}
+    ).scalar_one():
+        return None
+    connection.exec_driver_sql(f"CREATE TEMP TABLE {table} ON COMMIT DROP AS {' UNION '.join(parts)}")
+    connection.exec_driver_sql(f"ANALYZE {table}")
+    return Scope(table, columns)
 
 
 def pending_cells(connection: sa.Connection) -> int:
@@ -223,31 +358,29 @@ def rebuild(
         touch(connection, site=site, from_day=from_day, to_day=to_day)
         total = pending_cells(connection)
     reports: list[RefreshReport] = []
-    remaining = total
-    while remaining or not reports:
+    # Writers may touch cells as fast as we take them: after as many chunks as there were, one takes what is left.
+    chunks = math.ceil(total / chunk_cells)
+    while not reports or reports[-1].remaining:
         with engine.begin() as connection:
-            report = refresh(connection, graph, max_cells=chunk_cells)
-        reports.append(report)
-        remaining = report.remaining
+            size = chunk_cells if len(reports) < chunks else None
+            reports.append(refresh(connection, graph, max_cells=size, whole_rollups=True))
         if progress is not None:
-            progress(max(total - remaining, 0), total)
+            progress(max(total - reports[-1].remaining, 0), total)
     return reports
 
 
 def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, int]:
     """Delete the telemetry of days before `before` (UTC); their figures stay in the cells, sealed.
 
-    The last day is kept whole, so no open recurrence window loses its rows. Refuses while cells of those days wait
-    in the outbox or rows of them were never counted.
+    The last day is kept whole, so no open recurrence window loses its rows. A row of a sealed day that comes later is
+    refused (`flywheel_refuse_days`).
 
     Returns:
         Rows deleted by day.
 
     Raises:
-        FlywheelError: a day to purge is not fully aggregated yet.
+        FlywheelError: cells of those days wait in the outbox, or rows of them were never counted.
     """
-    from flywheel_pipeline.errors import FlywheelError
-
     with engine.begin() as connection:
         lock_refresh(connection)
         # From here to commit no writer can add a row that would be deleted uncounted.
@@ -260,26 +393,23 @@ def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, in
                 f"{waiting} outbox rows of days up to {before} wait for a refresh, so purging would lose them.",
                 hint="Run `flywheel rebuild` or `flywheel run`, then purge again.",
             )
-        days: dict[dt.date, int] = {
-            row.day: row.n
-            for row in connection.execute(
-                sa.text(
-                    "SELECT (event_at AT TIME ZONE 'UTC')::date AS day, count(*) AS n FROM execution_telemetry "
-                    "WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC' GROUP BY 1 ORDER BY 1"
-                ),
-                {"before": before},
+        found = connection.execute(sa.text(_PURGED_DAYS), {"before": before}).all()
+        uncounted = [row for row in found if row.rows != row.counted]
+        if uncounted:
+            first = uncounted[0]
+            raise FlywheelError(
+                f"{first.rows} rows of {first.day} are in the log and {first.counted} in the aggregates, so purging would lose some.",
+                hint=f"Run `flywheel rebuild --from {first.day} --to {uncounted[-1].day}`, then purge again.",
             )
-        }
-        for day, rows in days.items():
+        for row in found:
             connection.execute(
-                sa.text(
-                    "INSERT INTO sealed_days (day, rows_purged, actor) VALUES (:day, :rows, :actor) "
-                    "ON CONFLICT (day) DO UPDATE SET rows_purged = sealed_days.rows_purged + excluded.rows_purged"
-                ),
-                {"day": day, "rows": rows, "actor": actor},
+                sa.text("INSERT INTO sealed_days (day, rows_purged, actor) VALUES (:day, :rows, :actor)"),
+                {"day": row.day, "rows": row.rows, "actor": actor},
             )
         connection.execute(
             sa.text("DELETE FROM execution_telemetry WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC'"),
             {"before": before},
         )
-    return days
+        # Only this deletion touched these cells, and sealed cells are not recomputed.
+        connection.execute(sa.text("DELETE FROM touched_cells WHERE day < :before"), {"before": before})
+    return {row.day: row.rows for row in found}

@@ -4,8 +4,8 @@ Belongs here: the query text for a scope and the write of its differences. Does 
 are touched (`aggregates/refresh.py`), locking, and what a model computes.
 
 The scope is given by temporary tables of the session: `scope_input(site_id text, day date)`, the days of
-telemetry to read, sites as written; `scope_days(site_id text, day date)` and `scope_sites(site_id text)`,
-the cells to set. Put them there, and ANALYZE them, before calling `recompute`.
+telemetry to read, sites as written; `scope_days(site_id text, day date)`, `scope_months(site_id text, month date)`
+and `scope_sites(site_id text)`, the cells to set. Put them there, and ANALYZE them, before calling `recompute`.
 """
 
 # ruff: noqa: S608 (identifiers come from checked model headers; there are no values in this SQL)
@@ -26,6 +26,11 @@ SCHEMA = "public"  # named, since a CTE of the same name stands in front
 ANALYZE_FROM_ROWS = 10_000
 
 
+# A table is read by index up to the point where that touches so much of it that one scan is cheaper.
+SCANNED_ROWS_PER_LOOK = 100
+ROW_BYTES = 200
+
+
 @dataclass(frozen=True)
 class CellCounts:
     """What a recompute did to a cell model's table, in rows."""
@@ -41,12 +46,31 @@ class CellCounts:
         return self.inserted + self.updated + self.deleted
 
 
+@dataclass(frozen=True)
+class Scope:
+    """Which rows of a cell model to set: a temporary table and its columns, all of them in the model's key.
+
+    Columns beyond those of the cell narrow a roll-up to the keys whose inputs changed: a row of it depends on input
+    rows of the same key alone.
+    """
+
+    table: str
+    columns: tuple[str, ...]
+
+
+def scope_of(model: SqlModel) -> Scope:
+    """The whole cells in scope, for this kind of cell."""
+    tables = {"day": "scope_days", "month": "scope_months", "site": "scope_sites"}
+    return Scope(tables[model.cell or "site"], model.scope_columns)
+
+
 def cell_query(
     graph: ModelGraph,
     model: SqlModel,
     *,
-    day_scope: str = "scope_days",
     everything: bool = False,
+    scope: Scope | None = None,
+    telemetry: str | None = None,
 ) -> str:
     """Give the SQL that computes a cell model's rows for the cells in scope.
 
@@ -58,8 +82,9 @@ def cell_query(
     Args:
         graph: all models.
         model: a model of `materialized: cell`.
-        day_scope: name of the temporary table of (site_id, day) cells.
         everything: no scope at all: the model's SELECT as it stands.
+        scope: the rows to compute; None takes the whole cells in scope.
+        telemetry: a temporary table that holds the rows of `scope_input` already; None reads them from the log.
 
     Returns:
         A SELECT of the model's columns in the declared order.
@@ -71,35 +96,54 @@ def cell_query(
         model.refuse(f"{model.name} is a {model.materialized}; only cell models are computed by cells.")
     if everything:
         return model.sql
-    scope_table = day_scope if model.cell == "day" else "scope_sites"
+    scope = scope or scope_of(model)
     path = graph.inlined_path(model)
     bodies = [m for m in (*path, model) if m.materialized == "view" or m is model]
     ctes: list[str] = []
     if any(TELEMETRY in m.dependencies for m in bodies):
         columns = ", ".join(f"t.{quote(column)}" for column in telemetry_columns(bodies)) or "t.id"
-        ctes.append(
-            f"{TELEMETRY} AS (\n"
-            f"SELECT {columns}\nFROM {SCHEMA}.{TELEMETRY} AS t\n"
-            "JOIN (SELECT DISTINCT site_id, day FROM scope_input) AS s\n"
-            "  ON t.site_id = s.site_id\n"
-            "  AND t.event_at >= (s.day::timestamp AT TIME ZONE 'UTC')\n"
-            "  AND t.event_at < ((s.day + 1)::timestamp AT TIME ZONE 'UTC')\n)"
-        )
+        if telemetry is not None:
+            ctes.append(f"{TELEMETRY} AS NOT MATERIALIZED (\nSELECT {columns} FROM {telemetry} AS t\n)")
+        else:
+            ctes.append(
+                f"{TELEMETRY} AS (\n"
+                f"SELECT {columns}\nFROM {SCHEMA}.{TELEMETRY} AS t\n"
+                "JOIN (SELECT DISTINCT site_id, day FROM scope_input) AS s\n"
+                "  ON t.site_id = s.site_id\n"
+                "  AND t.event_at >= (s.day::timestamp AT TIME ZONE 'UTC')\n"
+                "  AND t.event_at < ((s.day + 1)::timestamp AT TIME ZONE 'UTC')\n)"
+            )
     for upstream in path:
         if upstream.materialized == "view":
             ctes.append(f"{upstream.name} AS (\n{upstream.sql}\n)")
         else:
-            shared = [column for column in model.scope_columns if column in upstream.scope_columns]
-            ctes.append(
-                f"{upstream.name} AS (\nSELECT u.* FROM {SCHEMA}.{upstream.name} AS u\n"
-                f"WHERE {_in_scope('u', shared, scope_table)}\n)"
-            )
+            ctes.append(f"{upstream.name} AS (\n{_upstream_rows(upstream, scope)}\n)")
     ctes.append(f"{model.name} AS (\n{model.sql}\n)")
-    scoped = _in_scope("m", list(model.scope_columns), scope_table)
-    return "WITH " + ",\n".join(ctes) + f"\nSELECT m.* FROM {model.name} AS m\nWHERE {scoped}"
+    return "WITH " + ",\n".join(ctes) + f"\nSELECT m.* FROM {model.name} AS m\nWHERE {_in_scope('m', scope)}"
 
 
-def recompute(connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, everything: bool = False) -> CellCounts:
+def _upstream_rows(upstream: SqlModel, scope: Scope) -> str:
+    shared = tuple(column for column in scope.columns if column in upstream.key)
+    if "month" in scope.columns and "month" not in upstream.key and "day" in upstream.key:
+        same = " AND ".join(f"u.{column} = s.{column}" for column in shared)
+        return (
+            f"SELECT u.* FROM {SCHEMA}.{upstream.name} AS u\n"
+            f"JOIN (SELECT DISTINCT {', '.join((*shared, 'month'))} FROM {scope.table}) AS s\n"
+            f"  ON {same} AND u.day >= s.month AND u.day < (s.month + interval '1 month')::date"
+        )
+    return f"SELECT u.* FROM {SCHEMA}.{upstream.name} AS u\nWHERE {_in_scope('u', Scope(scope.table, shared))}"
+
+
+def recompute(
+    connection: sa.Connection,
+    graph: ModelGraph,
+    model: SqlModel,
+    *,
+    everything: bool = False,
+    scope: Scope | None = None,
+    telemetry: str | None = None,
+    changed: str | None = None,
+) -> CellCounts:
     """Set a cell model's rows for the cells in scope, and write only what differs.
 
     Computes the rows into a temporary table, deletes rows of these cells that are no longer computed,
@@ -115,7 +159,10 @@ def recompute(connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, 
         graph: all models.
         model: a model of `materialized: cell`.
         everything: recompute all cells from all of telemetry, and drop every row not computed. Not for a
-            database from which telemetry was purged.
+            model of cell day in a database from which telemetry was purged.
+        scope: the rows to set; None takes the whole cells in scope.
+        telemetry: see `cell_query`.
+        changed: a temporary table to create and fill with the key of every row that was written.
 
     Returns:
         Rows inserted, updated, deleted, and found as they should be, of the cells in scope.
@@ -123,17 +170,19 @@ def recompute(connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, 
     Raises:
         ModelError: the SELECT gives two rows with one key, or a null in the key.
     """
-    query = cell_query(graph, model, everything=everything)
+    query = cell_query(graph, model, everything=everything, scope=scope, telemetry=telemetry)
     table = f"{SCHEMA}.{model.name}"
-    columns = [quote(column) for column in model.columns]
-    names = ", ".join(columns)
+    names = ", ".join(quote(column) for column in model.columns)
+    if changed is not None:
+        key = ", ".join(quote(column) for column in model.key)
+        execute(connection, f"CREATE TEMP TABLE {changed} ON COMMIT DROP AS SELECT {key} FROM {table} WITH NO DATA")
     try:
         empty = not connection.exec_driver_sql(f"SELECT EXISTS (SELECT 1 FROM {table})").scalar_one()
         if empty:
-            inserted = execute(connection, f"INSERT INTO {table} ({names})\n{query}").rowcount
+            inserted = _write(connection, model, f"INSERT INTO {table} AS t ({names})\n{query}", changed)
             _renew_statistics(connection, table, inserted)
             return CellCounts(inserted, 0, 0, 0)
-        return _write_differences(connection, model, query, table, everything)
+        return _write_differences(connection, model, query, None if everything else scope or scope_of(model), changed)
     except IntegrityError as error:
         diagnosis = getattr(error.orig, "diag", None)
         detail = getattr(diagnosis, "message_detail", None) or str(error.orig)
@@ -143,39 +192,73 @@ def recompute(connection: sa.Connection, graph: ModelGraph, model: SqlModel, *, 
         )
 
 
+def _write(connection: sa.Connection, model: SqlModel, statement: str, changed: str | None) -> int:
+    """Run an INSERT, UPDATE or DELETE of table `t`, note the keys it wrote in `changed`, return how many."""
+    if changed is None:
+        return execute(connection, statement).rowcount
+    key = ", ".join(f"t.{quote(column)}" for column in model.key)
+    return execute(
+        connection,
+        f"WITH written AS (\n{statement}\nRETURNING {key}\n)\nINSERT INTO {changed} SELECT * FROM written",
+    ).rowcount
+
+
 def _write_differences(
-    connection: sa.Connection, model: SqlModel, query: str, table: str, everything: bool
+    connection: sa.Connection, model: SqlModel, query: str, scope: Scope | None, changed: str | None
 ) -> CellCounts:
-    result = f"pg_temp.{quote(f'result_{model.name}')}"
-    scope_table = "scope_days" if model.cell == "day" else "scope_sites"
-    scoped = "true" if everything else _in_scope("t", list(model.scope_columns), scope_table)
+    """Compare the computed rows with those that stand, by key, and write where they differ.
+
+    Rows that stand are found again by their address (ctid): nobody else writes this table under the refresh lock.
+    """
+    table = f"{SCHEMA}.{model.name}"
+    result, differing = f"pg_temp.{quote(f'result_{model.name}')}", f"pg_temp.{quote(f'differing_{model.name}')}"
     columns = [quote(column) for column in model.columns]
     values = [quote(column) for column in model.columns if column not in model.key]
-    same_key = " AND ".join(f"r.{quote(column)} = t.{quote(column)}" for column in model.key)
+    key = ", ".join(quote(column) for column in model.key)
     names = ", ".join(columns)
+    standing = _standing_rows(connection, model, scope)
 
-    execute(connection, f"DROP TABLE IF EXISTS {result}")
+    execute(connection, f"DROP TABLE IF EXISTS {result}, {differing}")
     rows = execute(connection, f"CREATE TEMP TABLE {result[8:]} ON COMMIT DROP AS\n{query}").rowcount
-    execute(connection, f"ANALYZE {result} ({', '.join(quote(column) for column in model.key)})")
-    before = execute(connection, f"SELECT count(*) FROM {table} AS t WHERE {scoped}").scalar_one()
-    deleted = execute(
+    execute(connection, f"ANALYZE {result} ({key})")
+    before = execute(connection, f"SELECT count(*) FROM ({standing.format(columns='1 AS one')}) AS t").scalar_one()
+    same = "true"
+    if values:
+        same = (
+            f"ROW({', '.join(f't.{column}' for column in values)}) IS NOT DISTINCT FROM "
+            f"ROW({', '.join(f'r.{column}' for column in values)})"
+        )
+    first = quote(model.key[0])
+    execute(
         connection,
-        f"DELETE FROM {table} AS t WHERE {scoped}\nAND NOT EXISTS (SELECT 1 FROM {result} AS r WHERE {same_key})",
-    ).rowcount
+        f"CREATE TEMP TABLE {differing[8:]} ON COMMIT DROP AS\n"
+        f"SELECT t.standing_at, r.{first} IS NULL AS gone, {', '.join(f'r.{column}' for column in columns)}\n"
+        f"FROM ({standing.format(columns='t.ctid AS standing_at, t.*')}) AS t\n"
+        f"FULL JOIN {result} AS r ON {' AND '.join(f'r.{quote(c)} = t.{quote(c)}' for c in model.key)}\n"
+        f"WHERE r.{first} IS NULL OR t.{first} IS NULL OR NOT ({same})",
+    )
+    execute(connection, f"ANALYZE {differing} (standing_at, gone)")
+    deleted = _write(
+        connection,
+        model,
+        f"DELETE FROM {table} AS t USING {differing} AS d WHERE t.ctid = d.standing_at AND d.gone",
+        changed,
+    )
     updated = 0
     if values:
-        updated = execute(
+        updated = _write(
             connection,
-            f"UPDATE {table} AS t SET {', '.join(f'{column} = r.{column}' for column in values)}\n"
-            f"FROM {result} AS r WHERE {same_key}\n"
-            f"AND ROW({', '.join(f't.{column}' for column in values)}) IS DISTINCT FROM "
-            f"ROW({', '.join(f'r.{column}' for column in values)})",
-        ).rowcount
-    inserted = execute(
+            model,
+            f"UPDATE {table} AS t SET {', '.join(f'{column} = d.{column}' for column in values)}\n"
+            f"FROM {differing} AS d WHERE t.ctid = d.standing_at AND NOT d.gone",
+            changed,
+        )
+    inserted = _write(
         connection,
-        f"INSERT INTO {table} ({names})\nSELECT {names} FROM {result} AS r\n"
-        f"WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same_key})",
-    ).rowcount
+        model,
+        f"INSERT INTO {table} AS t ({names})\nSELECT {names} FROM {differing} WHERE standing_at IS NULL",
+        changed,
+    )
     kept = before - deleted
     if kept + inserted != rows:
         # Two new rows of one key break the primary key above; two of a row that was there show only here.
@@ -184,9 +267,32 @@ def _write_differences(
             f"{kept + inserted} keys.",
             hint="The SELECT must give one row per key, with no null in it.",
         )
-    execute(connection, f"DROP TABLE {result}")
+    execute(connection, f"DROP TABLE {result}, {differing}")
     _renew_statistics(connection, table, inserted + updated + deleted)
     return CellCounts(inserted=inserted, updated=updated, deleted=deleted, unchanged=kept - updated)
+
+
+def _standing_rows(connection: sa.Connection, model: SqlModel, scope: Scope | None) -> str:
+    """Give a SELECT of `{columns}` of the rows `t` that stand in the scope.
+
+    By index, one look per cell, where the scope is a small part of the table: the planner would rather scan it.
+    """
+    source = f"SELECT {{columns}} FROM {SCHEMA}.{model.name} AS t"
+    if scope is None:
+        return source
+    few = execute(
+        connection,
+        f"SELECT (SELECT count(*) FROM {scope.table}) * {SCANNED_ROWS_PER_LOOK} "
+        f"< pg_relation_size('{SCHEMA}.{model.name}') / {ROW_BYTES}",
+    ).scalar_one()
+    if not few:
+        return f"{source} WHERE {_in_scope('t', scope)}"
+    listed = ", ".join(scope.columns)
+    match = " AND ".join(f"t.{column} = s.{column}" for column in scope.columns)
+    return (
+        f"SELECT l.* FROM (SELECT DISTINCT {listed} FROM {scope.table}) AS s\n"
+        f"CROSS JOIN LATERAL ({source} WHERE {match} OFFSET 0) AS l"
+    )
 
 
 def _renew_statistics(connection: sa.Connection, table: str, written: int) -> None:
@@ -194,6 +300,6 @@ def _renew_statistics(connection: sa.Connection, table: str, written: int) -> No
         execute(connection, f"ANALYZE {table}")
 
 
-def _in_scope(alias: str, columns: list[str], scope_table: str) -> str:
-    left = ", ".join(f"{alias}.{column}" for column in columns)
-    return f"({left}) IN (SELECT {', '.join(columns)} FROM {scope_table})"
+def _in_scope(alias: str, scope: Scope) -> str:
+    left = ", ".join(f"{alias}.{column}" for column in scope.columns)
+    return f"({left}) IN (SELECT {', '.join(scope.columns)} FROM {scope.table})"

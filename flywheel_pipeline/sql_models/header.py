@@ -28,7 +28,8 @@ class Header(BaseModel):
     """What a model says about itself. An unknown or missing key is an error.
 
     `columns` maps each output column, in the order of the SELECT, to [PostgreSQL type, description]. `cell`
-    says which cell a row of a cell model belongs to: a site's day, or a site.
+    says which cell a row of a cell model belongs to: a site's day, a site's month (the column `month` holds its first
+    day), or a site. `indexes` are those that a cell model's table has beside its key.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -36,12 +37,13 @@ class Header(BaseModel):
     name: Identifier
     room: Identifier
     materialized: Literal["view", "table", "cell"]
-    cell: Literal["day", "site"] | None = None
+    cell: Literal["day", "month", "site"] | None = None
     grain: Sentence
     description: Sentence
     owner: Annotated[str, StringConstraints(pattern=r"^team:[a-z0-9][a-z0-9_-]*$")]
     key: Annotated[list[Identifier], Field(min_length=1)]
     columns: Annotated[dict[Identifier, TypeAndDescription], Field(min_length=1)]
+    indexes: list[Annotated[list[Identifier], Field(min_length=1)]] = Field(default_factory=list)
     consumers: list[Sentence]
     tags: dict[str, str] = Field(default_factory=dict)
 
@@ -56,8 +58,11 @@ class Header(BaseModel):
             if not _TYPE.match(given):
                 raise ValueError(f"columns: {column} has the type {given!r}, which is no plain PostgreSQL type")
         if (self.materialized == "cell") != (self.cell is not None):
-            raise ValueError("cell: a model of `materialized: cell` says `cell: day` or `cell: site`, no other does")
-        needed = {"day": ("site_id", "day"), "site": ("site_id",), None: ()}[self.cell]
+            raise ValueError("cell: a model of `materialized: cell` says `cell: day`, `month` or `site`, no other does")
+        for index in self.indexes:
+            if self.cell is None or not set(index) <= self.columns.keys():
+                raise ValueError(f"indexes: {', '.join(index)} are not all columns of a cell model")
+        needed = {"day": ("site_id", "day"), "month": ("site_id", "month"), "site": ("site_id",), None: ()}[self.cell]
         for column in needed:
             if column not in self.key:
                 raise ValueError(f"key: a model of `cell: {self.cell}` needs {column} in its key")

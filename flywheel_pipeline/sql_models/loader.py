@@ -31,11 +31,16 @@ from flywheel_pipeline.sql_models.header import Header, read_header
 
 ROOT_PACKAGE = "dbt_like_sql"
 TELEMETRY = "execution_telemetry"
-SCOPE_TABLES = frozenset({"scope_input", "scope_days", "scope_sites"})
-SCOPE_COLUMNS: dict[str, tuple[str, ...]] = {"day": ("site_id", "day"), "site": ("site_id",)}
+SCOPE_TABLES = frozenset({"scope_taken", "scope_input", "scope_telemetry", "scope_days", "scope_months", "scope_sites"})
+SCOPE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "day": ("site_id", "day"),
+    "month": ("site_id", "month"),
+    "site": ("site_id",),
+}
 
 Materialization = Literal["view", "table", "cell"]
-CellKind = Literal["day", "site"]
+CellKind = Literal["day", "month", "site"]
+_COARSER: dict[str, int] = {"day": 0, "month": 1, "site": 2}
 
 # A cell must give the same rows whenever it is recomputed: nothing that reads clock, chance or session.
 _CLOCK = ("now", "clock_timestamp", "statement_timestamp", "transaction_timestamp", "timeofday")
@@ -56,7 +61,7 @@ class SqlModel:
     written, without header and trailing semicolon. `file` is how messages name it, `path` where it lies on
     this machine, `first_line` the line of the file on which `sql` begins. `content_hash` (SHA-256) covers
     the SQL's tokens without comments and white space, the materialization, the columns' names and types,
-    and the key.
+    the key and the indexes.
     """
 
     name: str
@@ -68,6 +73,7 @@ class SqlModel:
     owner: str
     key: tuple[str, ...]
     columns: Mapping[str, tuple[str, str]]
+    indexes: tuple[tuple[str, ...], ...]
     consumers: tuple[str, ...]
     tags: Mapping[str, str]
     sql: str
@@ -91,7 +97,7 @@ class SqlModel:
 
     @property
     def scope_columns(self) -> tuple[str, ...]:
-        """Columns that name the cell of a row: (site_id, day), (site_id,), or none for other models."""
+        """Columns that name the cell of a row: (site_id, day), (site_id, month), (site_id,); none for other models."""
         return SCOPE_COLUMNS[self.cell] if self.cell else ()
 
     def refuse(self, problem: str, *, line: int | None = None, hint: str | None = None) -> NoReturn:
@@ -330,6 +336,7 @@ def _read(
         owner=header.owner,
         key=tuple(header.key),
         columns={column: (given[0], given[1]) for column, given in header.columns.items()},
+        indexes=tuple(tuple(index) for index in header.indexes),
         consumers=tuple(header.consumers),
         tags=dict(header.tags),
         sql=body,
@@ -359,6 +366,8 @@ def _content_hash(header: Header, body: str, tokens: list[Token]) -> str:
         "columns": [[column, given[0]] for column, given in header.columns.items()],
         "key": header.key,
     }
+    if header.indexes:
+        document["indexes"] = header.indexes
     return hashlib.sha256(json.dumps(document, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -485,14 +494,14 @@ def _check_cell(graph: ModelGraph, model: SqlModel) -> None:
                     f"a cell model may not read {name}, which is rebuilt as a whole{via}.",
                     hint="A rebuilt table touches no cells. Make it a view or a cell model.",
                 )
-            if upstream is not None and upstream.cell == "site" and model.cell == "day":
+            if upstream is not None and upstream.cell and model.cell and _COARSER[upstream.cell] > _COARSER[model.cell]:
                 reader.refuse(
-                    f"a model of cell day may not read {name}, of cell site{via}.",
-                    hint="One day would change all other days of the site.",
+                    f"a model of cell {model.cell} may not read {name}, of cell {upstream.cell}{via}.",
+                    hint=f"One {model.cell} would change all other {model.cell}s of the {upstream.cell}.",
                 )
-            if name == TELEMETRY and model.cell == "site":
+            if name == TELEMETRY and model.cell != "day":
                 reader.refuse(
-                    f"a model of cell site reads telemetry through a model of cell day, not directly{via}.",
+                    f"a model of cell {model.cell} reads telemetry through a model of cell day, not directly{via}.",
                     hint="A refresh gives it the touched days of telemetry only.",
                 )
 

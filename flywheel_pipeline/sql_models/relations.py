@@ -216,7 +216,16 @@ def create_empty_table(connection: sa.Connection, model: SqlModel, name: str | N
     key = ", ".join(quote(column) for column in primary_key(model))
     columns.append(f"CONSTRAINT {quote(f'{name}_pkey')} PRIMARY KEY ({key})")
     execute(connection, f"CREATE TABLE {quote(name)} (\n  " + ",\n  ".join(columns) + "\n)")
+    create_indexes(connection, model)
     describe(connection, model, None, name=name)
+
+
+def create_indexes(connection: sa.Connection, model: SqlModel) -> None:
+    """Create those indexes of the header that the model's table does not have yet."""
+    for columns in model.indexes:
+        name = quote(f"{model.name}_{'_'.join(columns)}_idx"[:63])
+        listed = ", ".join(quote(column) for column in columns)
+        execute(connection, f"CREATE INDEX IF NOT EXISTS {name} ON {quote(model.name)} ({listed})")
 
 
 def drop(connection: sa.Connection, relation: Relation) -> None:

@@ -15,6 +15,7 @@ from flywheel_pipeline.sql_models.loader import TELEMETRY, ModelGraph, SqlModel,
 from flywheel_pipeline.sql_models.relations import (
     Relation,
     create_empty_table,
+    create_indexes,
     create_view,
     describe,
     drop,
@@ -34,8 +35,9 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
     A model whose content hash is the recorded one is left alone. A changed view is dropped with the views
     that read it and created anew, in order. A changed cell model keeps its table where the columns and the
     key are the same; its rows, and those of cell models behind a changed view, are recomputed by the next
-    refresh: every cell is touched (`flywheel_touch_all`) if there is any telemetry. Models that are gone
-    are dropped.
+    refresh: every cell is touched (`flywheel_touch_all`) if there is any telemetry. Roll-ups by month and site are
+    filled at once from the rows below them, since a refresh follows what changed there. Models that are gone are
+    dropped.
 
     Args:
         connection: an open transaction; the declared tables and routines exist.
@@ -47,7 +49,8 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
     Raises:
         ModelError: PostgreSQL refuses a SELECT, its columns are not the declared ones, a relation of that
         name is
-            there that is not ours, or a relation that is not ours reads one that must be dropped.
+            there that is not ours, a relation that is not ours reads one that must be dropped, or figures of purged
+            days stand in it.
     """
     graph = graph if graph is not None else load_models()
     recorded = _recorded(connection)
@@ -70,6 +73,9 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
         for name in changed
         if graph.models[name].materialized != "view" and _same_table(connection, live.get(name), graph.models[name])
     }
+    if any(graph.models[name].cell for name in changed) or removed:
+        connection.exec_driver_sql("SELECT flywheel_lock_refresh()")
+    _refuse_to_lose_sealed_figures(connection, graph, {*(changed - keeps), *removed} & live.keys())
     dropped = _drop_with_readers(connection, {*(changed - keeps), *removed}, live, recorded)
     changes = [f"dropped {name}, which is no model any more" for name in removed]
 
@@ -82,6 +88,7 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
             continue
         if model.name in keeps:
             describe(connection, model, live[model.name])
+            create_indexes(connection, model)
             if model.materialized == "table":
                 create_table_swap(connection, model, graph)
             changes.append(f"changed {model.materialized} {model.name}")
@@ -94,6 +101,9 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
             else:
                 changes.append(f"created {model.materialized} {model.name}")
     _record(connection, graph, changed, removed)
+    for model in graph:
+        if model.cell in ("month", "site") and ({model.name, *(v.name for v in graph.views_below(model))} & changed):
+            _fill(connection, model)
     if _needs_recompute(graph, changed) and _has_telemetry(connection):
         cells = connection.exec_driver_sql("SELECT flywheel_touch_all()").scalar_one()
         changes.append(f"touched all {cells} cells, to be recomputed by the next refresh")
@@ -254,6 +264,29 @@ def _create(connection: sa.Connection, model: SqlModel) -> None:
     else:
         create_empty_table(connection, model)
         create_table_swap(connection, model)
+
+
+def _fill(connection: sa.Connection, model: SqlModel) -> None:
+    """Compute a roll-up anew from the cells below it."""
+    names = ", ".join(quote(column) for column in model.columns)
+    execute(connection, f"DELETE FROM {quote(model.name)}")
+    execute(connection, f"INSERT INTO {quote(model.name)} ({names})\n{model.sql}")
+
+
+def _refuse_to_lose_sealed_figures(connection: sa.Connection, graph: ModelGraph, doomed: set[str]) -> None:
+    """Refuse to drop the table of a model of cell day while it holds figures whose telemetry was purged."""
+    for name in sorted(doomed):
+        model = graph.models.get(name)
+        if model is None or model.cell != "day":
+            continue
+        sealed = connection.exec_driver_sql(
+            f"SELECT count(*) FROM {quote(name)} WHERE day IN (SELECT day FROM sealed_days)"
+        ).scalar_one()
+        if sealed:
+            model.refuse(
+                f"the table must be made anew, and {sealed} of its rows are figures of purged days that no telemetry can give again.",
+                hint="Give the model with its new columns another name, and keep the old one.",
+            )
 
 
 def _needs_recompute(graph: ModelGraph, changed: set[str]) -> bool:

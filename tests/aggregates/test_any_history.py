@@ -82,7 +82,9 @@ outcomes = st.sampled_from(
         {"success": True, "verification_passed": True, "tags": {"synthetic": True}},
     ]
 )
-clocks = st.sampled_from([dt.timedelta(minutes=1)] * 6 + [dt.timedelta(minutes=-10), dt.timedelta(minutes=-11), dt.timedelta(days=731)])
+clocks = st.sampled_from(
+    [dt.timedelta(minutes=1)] * 6 + [dt.timedelta(minutes=-10), dt.timedelta(minutes=-11), dt.timedelta(days=731)]
+)
 kinds = st.sampled_from(["ssh_config", "firewall", "", None])
 raw_rows = st.builds(
     lambda at, site, host, identity, outcome, lag, kind, platform, version, timed: row(
@@ -246,7 +248,9 @@ class History(RuleBasedStateMachine):
     @rule(ids=st.lists(executions, min_size=1, max_size=4), change=changes)
     def correct_by_sql(self, ids: list[str], change: dict[str, Any]) -> None:
         values = {name: json.dumps(value) if name == "tags" else value for name, value in change.items()}
-        sets = ", ".join(f"{name} = CAST(:{name} AS jsonb)" if name == "tags" else f"{name} = :{name}" for name in values)
+        sets = ", ".join(
+            f"{name} = CAST(:{name} AS jsonb)" if name == "tags" else f"{name} = :{name}" for name in values
+        )
         self._run(f"UPDATE execution_telemetry SET {sets} WHERE execution_id = ANY (:ids)", ids=ids, **values)
 
     @rule(ids=st.lists(executions, min_size=1, max_size=4))
@@ -316,7 +320,14 @@ class History(RuleBasedStateMachine):
         with self.engine.begin() as connection:
             ledger.register_builtin(
                 connection,
-                [{"rule_id": "RB-AUTO-NEW", "incident_type": "ssh_config", "platform": "linux", "runbook_id": "RB-LIN-SSH-001"}],
+                [
+                    {
+                        "rule_id": "RB-AUTO-NEW",
+                        "incident_type": "ssh_config",
+                        "platform": "linux",
+                        "runbook_id": "RB-LIN-SSH-001",
+                    }
+                ],
             )
 
     # -- refreshes ---------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def set_scope(connection: sa.Connection, cells: set[Cell]) -> None:
     """Make the scope tables for these cells, with the day after each as input, under every name of the
     site.
     """
-    for table in ("scope_days", "scope_input", "scope_sites"):
+    for table in ("scope_days", "scope_input", "scope_months", "scope_sites"):
         execute(connection, f"DROP TABLE IF EXISTS pg_temp.{table}")
     execute(connection, "CREATE TEMP TABLE scope_days (site_id text, day date) ON COMMIT DROP")
     if cells:
@@ -115,8 +115,13 @@ def set_scope(connection: sa.Connection, cells: set[Cell]) -> None:
         "CROSS JOIN LATERAL (SELECT s.site_id UNION "
         "SELECT a.alias FROM site_aliases a WHERE a.site_id = s.site_id) n",
     )
+    execute(
+        connection,
+        "CREATE TEMP TABLE scope_months ON COMMIT DROP AS "
+        "SELECT site_id, date_trunc('month', day::timestamp)::date AS month FROM scope_days",
+    )
     execute(connection, "CREATE TEMP TABLE scope_sites ON COMMIT DROP AS SELECT site_id FROM scope_days")
-    for table in ("scope_days", "scope_input", "scope_sites"):
+    for table in ("scope_days", "scope_input", "scope_months", "scope_sites"):
         execute(connection, f"ANALYZE pg_temp.{table}")
 
 
@@ -368,9 +373,11 @@ def test_the_rows_of_a_scope_equal_those_rows_of_the_full_result(
         set_scope(connection, scope)
         for model in cells_of(graph):
             part = sorted_rows(connection, cell_query(graph, model))
-            inside = "(site_id, day) IN (SELECT site_id, day FROM scope_days)"
-            if model.cell == "site":
-                inside = "site_id IN (SELECT site_id FROM scope_sites)"
+            inside = {
+                "day": "(site_id, day) IN (SELECT site_id, day FROM scope_days)",
+                "month": "(site_id, month) IN (SELECT site_id, month FROM scope_months)",
+                "site": "site_id IN (SELECT site_id FROM scope_sites)",
+            }[str(model.cell)]
             whole = sorted_rows(connection, f"SELECT * FROM (\n{model.sql}\n) AS q WHERE {inside}")
             assert part == whole, model.name
         connection.rollback()
@@ -417,9 +424,11 @@ def test_the_rows_of_a_scope_equal_those_of_the_full_result_for_the_shipped_mode
         set_scope(connection, scope)
         for model in cells_of(graph):
             part = sorted_rows(connection, cell_query(graph, model))
-            inside = "(site_id, day) IN (SELECT site_id, day FROM scope_days)"
-            if model.cell == "site":
-                inside = "site_id IN (SELECT site_id FROM scope_sites)"
+            inside = {
+                "day": "(site_id, day) IN (SELECT site_id, day FROM scope_days)",
+                "month": "(site_id, month) IN (SELECT site_id, month FROM scope_months)",
+                "site": "site_id IN (SELECT site_id FROM scope_sites)",
+            }[str(model.cell)]
             whole = sorted_rows(connection, f"SELECT * FROM (\n{model.sql}\n) AS q WHERE {inside}")
             assert part == whole, model.name
         connection.rollback()

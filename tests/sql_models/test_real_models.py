@@ -39,8 +39,8 @@ def test_postgresql_plans_the_select_and_gives_the_declared_columns(name: str, e
 @pytest.mark.parametrize("name", CELLS)
 def test_postgresql_plans_the_query_of_a_scope(name: str, engine: sa.Engine) -> None:
     with engine.connect() as connection:
-        for table in ("scope_input", "scope_days", "scope_sites"):
-            execute(connection, f"CREATE TEMP TABLE {table} (site_id text, day date)")
+        for table in ("scope_input", "scope_days", "scope_months", "scope_sites"):
+            execute(connection, f"CREATE TEMP TABLE {table} (site_id text, day date, month date)")
         assert execute(connection, f"EXPLAIN {cell_query(GRAPH, GRAPH.models[name])}").all()
 
 
