@@ -81,7 +81,7 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PortInUse(
-                f"Port {port} on {host} cannot be used: {error.strerror}.",
+                f"Port {port} on {host} cannot be used: {error.strerror or error}.",
                 hint="Stop what listens there, or choose another port: flywheel up --port 3001.",
             ) from error
 

@@ -59,14 +59,16 @@ def run(
     else:
         _print_outcome(outcome)
         verdict = "done" if outcome.success else "[red]failed[/]: nothing was promoted past a failed gate"
-        out.print(f"Run {outcome.run_id} {verdict}, {outcome.duration_seconds:.1f} s.")
+        out.print(f"Run {outcome.run_id} {verdict}, {outcome.duration_seconds:.1f} s.", soft_wrap=True)
     if not outcome.success:
         raise typer.Exit(1)
 
 
 def up(
     host: str = typer.Option("", "--host", help="Address to listen on; default 127.0.0.1 (FLYWHEEL_UI_HOST)."),
-    port: int = typer.Option(0, "--port", help="Port of the UI; default 3000 (FLYWHEEL_UI_PORT)."),
+    port: int | None = typer.Option(
+        None, "--port", min=1, max=65535, help="Port of the UI; default 3000 (FLYWHEEL_UI_PORT)."
+    ),
 ) -> None:
     """Start database, Dagster UI and daemon; sensors and schedules are on. Ctrl-C stops all it started."""
     from flywheel_pipeline.database.embedded import EmbeddedServer

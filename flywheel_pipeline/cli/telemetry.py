@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -42,9 +42,8 @@ def import_(
             bar.update(bar.task_ids[0], description=f"importing {file.name}: {rows:,} rows, {share:.0%}")
 
         report = import_file(engine, file, source=source or file.name, progress=show)
-    document = asdict(report)
     if json:
-        print_json(document)
+        print_json(_report(report))
     else:
         out.print(
             f"{report.read:,} rows read: {report.inserted:,} new, {report.corrected:,} corrections, "
@@ -59,6 +58,17 @@ def import_(
             out.print("`flywheel rejects list` shows them, `flywheel rejects retry` re-drives them after a fix.")
     if report.rejected:
         raise typer.Exit(RowsRejected.exit_code)
+
+
+def _report(report: Any) -> dict[str, Any]:
+    # Not asdict: it makes a Counter of pairs out of a Counter.
+    return {field.name: getattr(report, field.name) for field in fields(report)}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {reason}" for reason, count in value.items()) or "none"
+    return str(value)
 
 
 def rebuild(
@@ -144,10 +154,11 @@ def retry_(
     from flywheel_pipeline.telemetry.rejects import retry
 
     report = retry(open_database(), ids or None)
+    document = _report(report)
     if json:
-        print_json(asdict(report))
+        print_json(document)
     else:
-        out.print(", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in asdict(report).items()) + ".")
+        out.print(", ".join(f"{key.replace('_', ' ')}: {_words(value)}" for key, value in document.items()) + ".")
 
 
 @rejects.command("discard")

@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flywheel_pipeline.errors import SchemaMismatch
-
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -65,22 +63,29 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[
 def progress(message: str) -> Iterator[Progress]:
     """Show a spinner with the step at work, on standard error; nothing where that is no terminal."""
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
     ) as bar:
         bar.add_task(message, total=None)
         yield bar
 
 
 def open_database(*, upgraded: bool = True) -> sa.Engine:
-    """Open the database in use; with `upgraded`, refuse one whose schema was never created.
+    """Open the database in use; with `upgraded`, refuse one whose schema is not that of this release.
 
     Raises:
         DatabaseUnavailable: it cannot be reached or started.
-        SchemaMismatch: it holds no Flywheel schema.
+        SchemaMismatch: it holds no Flywheel schema, or an older or newer one.
     """
+    from flywheel_pipeline.database.current import require_current
     from flywheel_pipeline.database.engine import open_engine
 
     engine = open_engine()
-    if upgraded and not sa.inspect(engine).has_table("rule_events"):
-        raise SchemaMismatch("The database holds no Flywheel schema yet.", hint="Run `flywheel db upgrade`.")
+    if upgraded:
+        with engine.connect() as connection:
+            require_current(connection)
     return engine
