@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
 from evidence import changed, counted, pattern, rule, sites
+from pydantic import BaseModel
 
 from flywheel_pipeline.errors import PolicyError
 from flywheel_pipeline.promotion.backtest import EpisodeLog, capped_sites
@@ -146,6 +147,44 @@ def test_no_policy_states_a_value_that_this_file_does_not_try(name):
         path for path in leaves(yaml.safe_load(text_of(name))) if path not in ("name", "version", "description", "kind")
     }
     assert stated == {path for policy, path in CHANGES if policy == name}
+
+
+def model_leaves(annotation: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of every value that a policy may state, by its declaration; of a list of parts, the first."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from model_leaves(field.annotation, f"{path}.{name}" if path else name)
+        return
+    inner = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    models = [part for part in inner if isinstance(part, type) and issubclass(part, BaseModel)]
+    if not models:
+        yield path
+    elif get_origin(annotation) is dict:
+        for key in get_args(inner[0]):
+            yield from model_leaves(models[0], f"{path}.{key}")
+    elif get_origin(annotation) is tuple:
+        yield from model_leaves(models[0], f"{path}.0")
+    else:
+        yield from model_leaves(models[0], path)
+
+
+def test_no_value_that_a_policy_may_state_goes_untried():
+    declared = set(model_leaves(Policy))
+    assert {
+        "quorum.min_sites",
+        "high_risk.floor",
+        "overrides.0.stages.fleet.alpha",
+        "threshold.min_occurrences",
+    } <= declared
+    assert declared - {"name", "version", "description", "kind"} == {path for _, path in CHANGES}
+
+
+def test_name_and_version_change_no_decision_but_the_hash_that_stands_on_each():
+    policy = load_policy("standard")
+    for path, value in (("name", "other"), ("version", 2), ("description", "other words")):
+        other = changed(policy, path, value)
+        assert decide_pattern(pattern(), other) == decide_pattern(pattern(), policy)
+        assert other.policy_hash != policy.policy_hash
 
 
 @pytest.mark.parametrize(("name", "path"), CHANGES.keys())
