@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.recount import recount
 from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
+from flywheel_pipeline.sql_models.relations import execute
 
 
 @functools.cache
@@ -27,10 +28,11 @@ def differences_from_models(connection: sa.Connection) -> dict[str, int]:
         if model.materialized == "cell":
             columns = ", ".join(model.columns)
             live = "WHERE day NOT IN (SELECT day FROM sealed_days)" if "day" in model.key else ""
-            rows = connection.exec_driver_sql(
+            rows = execute(
+                connection,
                 f"WITH computed AS ({model.sql}), kept AS (SELECT {columns} FROM public.{model.name} {live}) "
                 f"SELECT count(*) FROM ((SELECT {columns} FROM computed EXCEPT ALL TABLE kept) "
-                f"UNION ALL (TABLE kept EXCEPT ALL SELECT {columns} FROM computed)) d"
+                f"UNION ALL (TABLE kept EXCEPT ALL SELECT {columns} FROM computed)) d",
             ).scalar_one()
             if rows:
                 found[model.name] = rows
