@@ -33,6 +33,7 @@ from flywheel_pipeline.telemetry.sensors import build_telemetry_sensor
 
 PIPELINE_JOB = "pipeline"
 NIGHTLY_JOB = "pipeline_nightly"
+CODE_LOCATION = "flywheel"
 
 
 def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:

@@ -14,6 +14,8 @@ from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.quality import Finding, record_error, record_verdict
 from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table
 
+LONGEST_CELL = 400  # of a sample: three error templates of a failing rule
+
 Question = Callable[[sa.Engine, Batch, Mapping[str, str]], Finding]
 
 
@@ -34,16 +36,18 @@ class Check:
 
 
 def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
-    """Turn a finding into the check result that the UI shows: sentence, observed, required, offenders, sample."""
+    """Turn a finding into the check result that the UI shows.
+
+    The sentence is its description; observed, required, offenders, figures (plotted) and a sample are its metadata.
+    """
     metadata: dict[str, object] = {
-        "sentence": finding.sentence,
         "observed": finding.observed,
         "required": finding.required,
         "offenders": finding.offenders,
-        **finding.figures,
+        **{name: round(figure, 4) if isinstance(figure, float) else figure for name, figure in finding.figures.items()},
     }
     if finding.sample:
-        metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample))
+        metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample, longest_cell=LONGEST_CELL))
     return dg.AssetCheckResult(
         passed=bool(finding.passed),
         asset_key=check.asset,

@@ -14,6 +14,7 @@ from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
+from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
 from flywheel_pipeline.database.dagster_home import dagster_environment, write_dagster_home
 from flywheel_pipeline.database.settings import Settings, get_settings
@@ -67,9 +68,10 @@ def run_pipeline(
     import time
 
     from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG
-    from flywheel_pipeline.build import NIGHTLY_JOB, PIPELINE_JOB, build_defs
+    from flywheel_pipeline.build import CODE_LOCATION, NIGHTLY_JOB, PIPELINE_JOB, build_defs
 
-    tags = {"flywheel/trigger": trigger}
+    # The second tag lets the UI list the run under the job of its code location, as it does with its own runs.
+    tags = {"flywheel/trigger": trigger, REPOSITORY_LABEL_TAG: f"__repository__@{CODE_LOCATION}"}
     if full_recount:
         tags[FULL_RECOUNT_TAG] = "true"
     job_name = NIGHTLY_JOB if nightly else PIPELINE_JOB

@@ -62,7 +62,9 @@ def build_refresh_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 if model.room in REFRESHED_ROOMS:
                     metadata = materialization_metadata(connection, model, report.models.get(model.name))
                     if model.name in report.seconds_by_model:
-                        metadata["duration_seconds"] = dg.MetadataValue.float(report.seconds_by_model[model.name])
+                        metadata["duration_seconds"] = dg.MetadataValue.float(
+                            round(report.seconds_by_model[model.name], 4)
+                        )
                     yield dg.MaterializeResult(asset_key=model.name, metadata=metadata)
 
     return refresh_models

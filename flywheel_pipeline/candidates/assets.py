@@ -4,6 +4,7 @@ import dagster as dg
 
 from flywheel_pipeline.candidates.patterns import write_observed
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.sql_models.assets import table_metadata
 
 
 @dg.asset(
@@ -16,6 +17,7 @@ from flywheel_pipeline.database.resource import FlywheelDatabase
     ),
     owners=["team:data-platform"],
     kinds={"postgres", "table"},
+    metadata=table_metadata("patterns"),
 )
 def patterns(database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Upsert the observed patterns."""

@@ -1,7 +1,8 @@
-"""Commands of the promotion room: explain, gate, certificate, policy."""
+"""Commands of the promotion room: explain, gate, backtest, certificate, policy."""
 
 from __future__ import annotations
 
+import datetime as dt
 import json as json_module
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from flywheel_pipeline.cli.terminal import open_database, out, print_json, print_table
+from flywheel_pipeline.cli.terminal import open_database, out, percent, print_json, print_table, progress
 from flywheel_pipeline.errors import FlywheelError, UsageError
 
 certificate = typer.Typer(help="What a promotion rests on, to be recomputed by anybody.", no_args_is_help=True)
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     """Add this room's commands."""
     app.command("explain")(explain)
     app.command("gate")(gate)
+    app.command("backtest")(backtest)
     app.add_typer(certificate, name="certificate")
     app.add_typer(policy, name="policy")
 
@@ -118,6 +120,120 @@ def gate(
                 if more is None
                 else f"{more} more clean episodes in a row would promote."
             )
+
+
+def backtest(
+    policies: list[str] = typer.Option(["legacy", "standard"], "--policy", help="Name of a policy; may be repeated."),
+    since: dt.datetime | None = typer.Option(
+        None, "--from", formats=["%Y-%m-%d"], help="First day of history (UTC); default the first there is."
+    ),
+    until: dt.datetime | None = typer.Option(None, "--to", formats=["%Y-%m-%d"], help="Last day of history (UTC)."),
+    runs: int = typer.Option(200, "--runs", min=1, max=10_000, help="Simulated fleets for each true rate."),
+    seed: int = typer.Option(1, "--seed", min=0, help="Seed of the simulated fleets."),
+    history: bool = typer.Option(True, "--history/--no-history", help="Replay the database, or simulate only."),
+    plot_file: Path | None = typer.Option(None, "--plot", help="PNG to write: promotions by true success rate."),
+    json: bool = JSON,
+) -> None:
+    """Replay history and fleets of known truth through policies: what each would have promoted, when, at what cost."""
+    from flywheel_pipeline.promotion import backtest as backtests
+    from flywheel_pipeline.promotion.explain import current_batch
+    from flywheel_pipeline.promotion.history import backtest_history
+    from flywheel_pipeline.promotion.policy import load_policy
+
+    if since is not None and until is not None and since > until:
+        raise UsageError("--from is after --to.", hint="Swap them.")
+    if plot_file is not None and not plot_file.parent.is_dir():
+        raise UsageError(f"There is no directory {plot_file.parent}.", hint="Create it, or name another file.")
+    chosen = [load_policy(name) for name in dict.fromkeys(policies)]
+    replayed: list[dict[str, Any]] = []
+    if history:
+        with progress("replaying history"), open_database().connect() as connection:
+            replayed = backtest_history(
+                connection,
+                current_batch(connection),
+                chosen,
+                since=since.date() if since else None,
+                until=until.date() if until else None,
+            )
+    plans = [backtests.even_fleet(rate) for rate in (0.70, 0.80, 0.85, 0.90, 0.95, 0.98)]
+    uneven = [backtests.dead_sites(), backtests.giant_site()]
+    with progress(f"simulating {runs} fleets for each rate"):
+        simulated = backtests.compare_on_fleets(
+            chosen, [*plans, *uneven], backtests.ideal_facts(), runs=runs, seed=seed
+        )
+        even = {plan.name for plan in plans}
+        if plot_file is not None:
+            plot_file.write_bytes(backtests.plot([row for row in simulated if row["fleet"] in even]))
+    if json:
+        print_json(
+            {
+                "policies": [{"name": p.name, "version": p.version, "hash": p.policy_hash} for p in chosen],
+                "history": replayed,
+                "simulation": simulated,
+                "plot": None if plot_file is None else str(plot_file),
+            }
+        )
+        return
+    _print_backtest(replayed, simulated, history=history)
+    if plot_file is not None:
+        out.print(f"\nWrote {plot_file}.", markup=False)
+
+
+def _print_backtest(replayed: list[dict[str, Any]], simulated: list[dict[str, Any]], *, history: bool) -> None:
+    rows = [
+        {
+            **row,
+            "promoted": f"{row['promoted']:.1%}",
+            "false": "-" if row["false_promotion"] is None else f"{row['false_promotion']:.1%}",
+            "median": None if row["median_episodes"] is None else round(row["median_episodes"]),
+        }
+        for row in simulated
+    ]
+    print_table(
+        f"Fleets of 40 sites with planted truth, a look after each episode ({simulated[0]['runs']:,} runs)",
+        rows,
+        {
+            "fleet": "true success",
+            "policy": "policy",
+            "promoted": "promoted",
+            "false": "of these wrongly",
+            "median": "median episodes",
+        },
+    )
+    if not history:
+        return
+    served = [
+        {
+            **row,
+            "later": f"{row['later_failures']} of {row['later_episodes']}",
+            "rate": percent(row["later_success_rate"]),
+        }
+        for row in replayed
+        if row["served_day"]
+    ]
+    out.print()
+    if served:
+        print_table(
+            "History, a look a day: what each policy would have put on a machine",
+            served,
+            {
+                "pattern": "pattern",
+                "policy": "policy",
+                "served_day": "served from",
+                "fleet_day": "whole fleet",
+                "episodes_before": "episodes before",
+                "later": "failed later",
+                "rate": "success later",
+            },
+        )
+    names = {row["policy"]: 0 for row in replayed}
+    for row in served:
+        names[row["policy"]] += 1
+    total = len({row["pattern"] for row in replayed})
+    for name, count in names.items():
+        out.print(f"{name}: {count} of {total} patterns served.", markup=False)
+    if not replayed:
+        out.print("The database holds no L2 execution in these days.")
 
 
 @certificate.command("export")

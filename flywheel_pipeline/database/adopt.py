@@ -134,10 +134,13 @@ def undo(engine: Engine, *, actor: str = "", reason: str = "", progress: Progres
 
     Raises UsageError where nothing was adopted; SchemaMismatch where another system's object reads what has to go.
     """
+    from flywheel_pipeline.aggregates.refresh import lock_refresh
+
     tell = progress or (lambda _: None)
     with _transaction(engine) as connection:
         if not _journal_entries(connection, "adopted"):
             raise UsageError("This database was not adopted, so there is nothing to undo.")
+        lock_refresh(connection)
         _lock(connection)
         return _Undoer(connection, actor or "flywheel adopt --undo", reason or "undone", tell).run()
 
@@ -511,10 +514,7 @@ def _transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def _lock(connection: Connection) -> None:
-    from flywheel_pipeline.aggregates.refresh import lock_refresh
-
     present = set(sa.inspect(connection).get_table_names(declared.SCHEMA))
-    lock_refresh(connection)
     for name in PRODUCTION:
         if name in present:
             execute(connection, f"LOCK TABLE {quote(name)} IN ACCESS EXCLUSIVE MODE")

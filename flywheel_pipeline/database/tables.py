@@ -554,7 +554,9 @@ adoption_journal = sa.Table(
     metadata,
     sa.Column("entry_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
     sa.Column("kind", sa.String(20), nullable=False, comment="changed | accepted | saved | seeded | adopted | undone"),
-    sa.Column("subject", Text, nullable=False, comment="a table, table.column, or an object as `flywheel db check` names it"),
+    sa.Column(
+        "subject", Text, nullable=False, comment="a table, table.column, or an object as `flywheel db check` names it"
+    ),
     sa.Column("what", Text, nullable=False),
     sa.Column("why", Text, nullable=False),
     sa.Column("details", pg.JSONB, nullable=False, server_default=sa.text("'{}'::jsonb"), comment="what an undo needs"),

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.publish import queue_commands, write_manifests
-from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata
+from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata, table_metadata
 from flywheel_pipeline.sql_models.loader import ModelGraph
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
@@ -32,6 +32,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 ),
                 owners=OWNER,
                 kinds={"postgres", "table"},
+                metadata=table_metadata("rule_manifests"),
             ),
             dg.AssetSpec(
                 "appliance_commands",
@@ -43,6 +44,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 ),
                 owners=OWNER,
                 kinds={"postgres", "table"},
+                metadata=table_metadata("appliance_commands"),
             ),
             asset_spec(deployments, graph).replace_attributes(
                 deps=["appliance_commands", "rule_manifests", "l1_rules"]

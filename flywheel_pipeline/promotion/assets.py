@@ -11,6 +11,7 @@ from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.promotion.apply import apply_promotions
 from flywheel_pipeline.promotion.decide import decide_patterns
+from flywheel_pipeline.sql_models.assets import table_metadata
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
 OWNER = ["team:data-platform"]
@@ -33,6 +34,7 @@ OWNER = ["team:data-platform"]
     ),
     owners=OWNER,
     kinds={"python", "postgres"},
+    metadata=table_metadata("promotion_decisions"),
 )
 def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Decide every pattern that waits."""
@@ -69,6 +71,7 @@ def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDat
             ),
             owners=OWNER,
             kinds={"postgres", "table"},
+            metadata=table_metadata("rule_events"),
         ),
         dg.AssetSpec(
             "l1_rules",
@@ -80,6 +83,7 @@ def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDat
             ),
             owners=OWNER,
             kinds={"postgres", "table"},
+            metadata=table_metadata("l1_rules"),
         ),
     ],
     can_subset=False,
@@ -100,6 +104,13 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
                 "count(*) FILTER (WHERE source = 'builtin') AS builtin FROM l1_rules"
             )
         ).one()
+        promoted = connection.execute(
+            sa.text(
+                "SELECT rule_id, state, runbook_id, match_count AS matches, success_rate AS rate, state_reason AS reason "
+                "FROM l1_rules WHERE source = 'promoted' ORDER BY match_count DESC, rule_id LIMIT 50"
+            )
+        ).mappings()
+        promoted_rules = markdown_table([dict(row) for row in promoted])
     yield dg.MaterializeResult(
         asset_key="rule_events",
         metadata={
@@ -117,6 +128,7 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
             "enabled": counts.enabled,
             "quarantined": counts.quarantined,
             "builtin": counts.builtin,
+            "promoted_rules": dg.MetadataValue.md(promoted_rules),
         },
     )
     if applied.gates_unmet:

@@ -19,7 +19,7 @@ from flywheel_pipeline.promotion.plain import plain
 from flywheel_pipeline.promotion.policy import Policy, load_policy
 
 
-def _current_batch(connection: sa.Connection) -> Batch:
+def current_batch(connection: sa.Connection) -> Batch:
     """Return the last refreshed batch, under the policy in force now: explaining opens no batch of its own."""
     activation = policy_in_force(connection)
     row = connection.execute(
@@ -71,7 +71,7 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
         FlywheelError: there is no such rule or pattern.
     """
     with engine.connect() as connection:
-        batch = _current_batch(connection)
+        batch = current_batch(connection)
         policy = load_policy(batch.policy_name)
         rule = (
             connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})

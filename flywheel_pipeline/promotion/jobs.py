@@ -1,11 +1,12 @@
 """Human acts as Dagster jobs: a launchpad form with actor and reason, the same function as the command line."""
 
-from typing import cast
+from typing import Any, cast
 
 import dagster as dg
 from pydantic import Field
 
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.promotion.acts import Act, act
 
 ACTS: dict[str, str] = {
@@ -16,6 +17,7 @@ ACTS: dict[str, str] = {
     "freeze": "Stops promotion until it is thawed; never stops demotion. No subjects.",
     "thaw": "Ends a freeze. No subjects.",
 }
+READMIT = "Re-admits a quarantined rule as a new version, with changed content; it begins again as proposed."
 
 
 class Signed(dg.Config):
@@ -26,23 +28,82 @@ class Signed(dg.Config):
     reason: str = Field(description="why, for the auditor who asks next year")
 
 
-def _human_job(name: str, description: str) -> dg.JobDefinition:
-    @dg.op(name=f"{name}_act")
-    def do(context: dg.OpExecutionContext, config: Signed, database: FlywheelDatabase) -> None:
-        reports = act(database.engine, cast(Act, name), config.subjects, actor=config.actor, reason=config.reason)
-        for report in reports:
-            context.log.info(f"{report.subject}: {report.message}")
-        refused = [report for report in reports if not report.done]
-        if refused:
-            raise dg.Failure(description="; ".join(f"{r.subject}: {r.message}" for r in refused), allow_retries=False)
+class Readmission(dg.Config):
+    """Which rule comes back, with what changed, who acts, and why. What is left empty stays as it was."""
 
-    @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor)
+    rule_id: str = Field(description="a quarantined rule")
+    runbook_id: str = Field(default="", description="the runbook it is to run now")
+    incident_type: str = Field(default="", description="the incident type it is to match now")
+    platform: str = Field(default="", description="windows, linux or macos")
+    actor: str = Field(description="who decides this, by name")
+    reason: str = Field(description="why, for the auditor who asks next year")
+
+
+def _form(step: str, **fields: Any) -> dict[str, Any]:
+    """Return the run configuration that the launchpad opens with: every field of the form, to be filled in."""
+    return {"ops": {step: {"config": {**fields, "actor": "", "reason": ""}}}}
+
+
+def _act(
+    context: dg.OpExecutionContext,
+    database: FlywheelDatabase,
+    what: Act,
+    subjects: list[str],
+    actor: str,
+    reason: str,
+    change: dict[str, Any] | None = None,
+) -> None:
+    try:
+        reports = act(database.engine, what, subjects, actor=actor, reason=reason, change=change)
+    except FlywheelError as error:
+        raise dg.Failure(description=f"{error.message} {error.hint or ''}".strip(), allow_retries=False) from None
+    for report in reports:
+        context.log.info(f"{report.subject}: {report.message}")
+    refused = [report for report in reports if not report.done]
+    if refused:
+        raise dg.Failure(description="; ".join(f"{r.subject}: {r.message}" for r in refused), allow_retries=False)
+
+
+def _human_job(name: str, description: str) -> dg.JobDefinition:
+    step = f"{name}_act"
+
+    @dg.op(name=step)
+    def do(context: dg.OpExecutionContext, config: Signed, database: FlywheelDatabase) -> None:
+        _act(context, database, cast(Act, name), config.subjects, config.actor, config.reason)
+
+    form = _form(step) if name in ("freeze", "thaw") else _form(step, subjects=[])
+
+    @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor, config=form)
     def job() -> None:
         do()
 
     return job
 
 
+def _readmit_job() -> dg.JobDefinition:
+    @dg.op
+    def readmit_act(context: dg.OpExecutionContext, config: Readmission, database: FlywheelDatabase) -> None:
+        change: dict[str, Any] = {}
+        if config.runbook_id:
+            change["runbook_id"] = config.runbook_id
+        if config.incident_type:
+            change["incident_pattern"] = {"incident_type": config.incident_type}
+        if config.platform:
+            change["platform"] = config.platform
+        _act(context, database, "readmit", [config.rule_id], config.actor, config.reason, change)
+
+    @dg.job(
+        name="human_readmit",
+        description=READMIT,
+        executor_def=dg.in_process_executor,
+        config=_form("readmit_act", rule_id="", runbook_id="", incident_type="", platform=""),
+    )
+    def job() -> None:
+        readmit_act()
+
+    return job
+
+
 def human_jobs() -> list[dg.JobDefinition]:
-    """Return one job for each human act that needs no more than subjects, actor and reason."""
-    return [_human_job(name, description) for name, description in ACTS.items()]
+    """Return one job for each human act."""
+    return [*(_human_job(name, description) for name, description in ACTS.items()), _readmit_job()]

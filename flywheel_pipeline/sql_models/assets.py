@@ -14,7 +14,9 @@ from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
+from flywheel_pipeline.database import tables
 from flywheel_pipeline.sql_models.cells import CellCounts
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel
 from flywheel_pipeline.sql_models.metadata import markdown_table
@@ -154,3 +156,27 @@ def _estimate(connection: sa.Connection, model: SqlModel) -> tuple[float, float]
     plan = execute(connection, f"EXPLAIN (FORMAT JSON) SELECT * FROM {quote(model.name)}").scalar_one()
     top = (json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]
     return float(top["Plan Rows"]), float(top["Total Cost"])
+
+
+def table_metadata(name: str) -> dict[str, Any]:
+    """Say what a declared table is for the Dagster UI: its columns with types and comments, and its name.
+
+    Raises:
+        KeyError: `database/tables.py` declares no such table.
+    """
+    table = tables.metadata.tables[name]
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    return {
+        "dagster/table_name": f"public.{name}",
+        "dagster/column_schema": dg.TableSchema(
+            columns=[
+                dg.TableColumn(
+                    name=column.name,
+                    type=column.type.compile(dialect).lower(),
+                    description=column.comment,
+                    constraints=dg.TableColumnConstraints(nullable=bool(column.nullable), unique=bool(column.unique)),
+                )
+                for column in table.columns
+            ]
+        ),
+    }

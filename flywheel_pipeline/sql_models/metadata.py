@@ -76,12 +76,15 @@ def as_metadata(value: object) -> Any:
     raise TypeError(f"no way to show a {type(value).__name__} in metadata")
 
 
-def markdown_table(rows: Iterable[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
+def markdown_table(
+    rows: Iterable[Mapping[str, object]], columns: Sequence[str] | None = None, *, longest_cell: int = _LONGEST_CELL
+) -> str:
     """Give a markdown table; long cells are cut, null is an empty cell.
 
     Args:
         rows: one mapping a row.
         columns: which to show, in order; None takes those of the first row.
+        longest_cell: characters after which a cell is cut.
 
     Returns:
         The table, or "no rows" where there is none.
@@ -91,19 +94,21 @@ def markdown_table(rows: Iterable[Mapping[str, object]], columns: Sequence[str] 
         return "no rows"
     shown = list(columns if columns is not None else listed[0])
     lines = [
-        "| " + " | ".join(_cell(column) for column in shown) + " |",
+        "| " + " | ".join(_cell(column, longest_cell) for column in shown) + " |",
         "|" + "---|" * len(shown),
-        *("| " + " | ".join(_cell(row.get(column)) for column in shown) + " |" for row in listed),
+        *("| " + " | ".join(_cell(row.get(column), longest_cell) for column in shown) + " |" for row in listed),
     ]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, longest: int) -> str:
     plain = as_metadata(value)
     if plain is None:
         return ""
     text = str(plain)
     if isinstance(plain, float):
         text = f"{plain:.4g}" if abs(plain) < 1000 else f"{plain:.1f}"
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
+    text = " ".join(text.split())
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    # `<n>` in an error template would be taken for HTML and vanish.
+    return text.replace("|", "\\|").replace("<", "&lt;")

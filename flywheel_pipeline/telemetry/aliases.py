@@ -1,7 +1,7 @@
 """Aliases: other names of rules and sites, valid for a time.
 
 Belongs here: naming that one id means another, and listing it. Does not belong here: resolving ids; reading
-does that (`dbt_like_sql/aggregates/executions.sql`), and raw rows are never rewritten.
+does that (`dbt_like_sql/telemetry/executions.sql`), and raw rows are never rewritten.
 
 Triggers keep aliases one to one at any moment and without chains, and touch the cells that they re-attribute.
 """

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dagster as dg
 
+from flywheel_pipeline.sql_models.assets import table_metadata
+
 OWNER = ["team:data-platform"]
 
 
 def _table(name: str, group: str, description: str) -> dg.AssetSpec:
-    return dg.AssetSpec(name, group_name=group, description=description, owners=OWNER, kinds={"postgres", "table"})
+    return dg.AssetSpec(
+        name,
+        group_name=group,
+        description=description,
+        owners=OWNER,
+        kinds={"postgres", "table"},
+        metadata=table_metadata(name),
+    )
 
 
 external_tables = [

@@ -32,7 +32,9 @@ def posts() -> tuple[dict[str, Any], ...]:
     """The last version of each of the last 4,000 executions to arrive for the first time: every kind is among them."""
     last: dict[str, dict[str, Any]] = {}
     for post in replay().morning_posts:
-        last[post["execution"]["execution_id"]] = post
+        execution_id = post["execution"]["execution_id"]
+        if execution_id not in last or last[execution_id]["reported_at"] <= post["reported_at"]:
+            last[execution_id] = post
     return tuple(last.values())[-ROWS:]
 
 

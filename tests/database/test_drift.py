@@ -107,9 +107,7 @@ def test_a_success_rate_in_percent_is_named(engine: sa.Engine) -> None:
         ("DROP TABLE rule_manifests CASCADE", "table rule_manifests", "missing"),
     ],
 )
-def test_every_kind_of_difference_is_named(
-    engine: sa.Engine, statement: str, subject: str, problem: str
-) -> None:
+def test_every_kind_of_difference_is_named(engine: sa.Engine, statement: str, subject: str, problem: str) -> None:
     found = after(engine, statement)
     assert any(d.object.startswith(subject) and d.problem == problem for d in found), found
 
@@ -118,8 +116,7 @@ def test_a_counter_trigger_of_the_old_system_on_our_table_is_named(engine: sa.En
     found = after(
         engine,
         "CREATE FUNCTION count_it() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
-        "CREATE TRIGGER update_l1_counts AFTER INSERT ON execution_telemetry "
-        "FOR EACH ROW EXECUTE FUNCTION count_it()",
+        "CREATE TRIGGER update_l1_counts AFTER INSERT ON execution_telemetry FOR EACH ROW EXECUTE FUNCTION count_it()",
     )
     assert [(d.object, d.problem) for d in found] == [
         ("trigger update_l1_counts on execution_telemetry", "not declared")
@@ -140,9 +137,7 @@ def test_other_systems_with_keys_and_views_on_ours_are_left_out(engine: sa.Engin
 
 def test_an_empty_database_misses_every_table_and_the_migrations(empty_engine: sa.Engine) -> None:
     found = migrate.check(empty_engine)
-    assert found[0] == Difference(
-        "migrations", "not at the newest revision", declared.head_revision(), "none"
-    )
+    assert found[0] == Difference("migrations", "not at the newest revision", declared.head_revision(), "none")
     missing = {d.object for d in found if d.problem == "missing"}
     assert {"table execution_telemetry", "table l1_rules", "table rule_events"} <= missing
     assert not any(name.startswith(("column", "index", "constraint", "trigger")) for name in missing)

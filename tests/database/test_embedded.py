@@ -24,9 +24,7 @@ from flywheel_pipeline.errors import DatabaseUnavailable
 
 ROOT = os.geteuid() == 0
 PROJECT = Path(__file__).parents[2]
-START = (
-    "import sys; from pathlib import Path; from flywheel_pipeline.database.embedded import EmbeddedServer; "
-)
+START = "import sys; from pathlib import Path; from flywheel_pipeline.database.embedded import EmbeddedServer; "
 
 
 @pytest.fixture
@@ -283,9 +281,7 @@ def as_nobody() -> Iterator[list[str]]:
         read_all = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         for caps in ([], read_all):
             command = [*prefix, *caps, "env", f"PYTHONPATH={site}", sys.executable]
-            probe = subprocess.run(
-                [*command, "-c", START], cwd=PROJECT, capture_output=True, text=True, check=False
-            )
+            probe = subprocess.run([*command, "-c", START], cwd=PROJECT, capture_output=True, text=True, check=False)
             if probe.returncode == 0:
                 yield command
                 return
@@ -296,25 +292,19 @@ def as_nobody() -> Iterator[list[str]]:
 
 def run_as(python: list[str], home: Path, code: str) -> subprocess.CompletedProcess[str]:
     script = START + f"server = EmbeddedServer(Path(sys.argv[1])); {code}"
-    return subprocess.run(
-        [*python, "-c", script, str(home)], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*python, "-c", script, str(home)], cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
 def test_an_ordinary_user_runs_the_server_as_itself(homes: Path, as_nobody: list[str]) -> None:
     own = homes / "own"
     own.mkdir()
     os.chown(own, pwd.getpwnam("nobody").pw_uid, -1)
-    done = run_as(
-        as_nobody, own / "a home", "server.ensure_running(); print(server.is_running()); server.stop()"
-    )
+    done = run_as(as_nobody, own / "a home", "server.ensure_running(); print(server.is_running()); server.stop()")
     assert done.stdout == "True\n", done.stderr
     assert (own / "a home" / "postgres").stat().st_uid == pwd.getpwnam("nobody").pw_uid
 
 
-def test_root_may_use_the_database_of_an_ordinary_user_and_leaves_it_to_it(
-    homes: Path, as_nobody: list[str]
-) -> None:
+def test_root_may_use_the_database_of_an_ordinary_user_and_leaves_it_to_it(homes: Path, as_nobody: list[str]) -> None:
     own = homes / "own"
     own.mkdir()
     os.chown(own, pwd.getpwnam("nobody").pw_uid, -1)

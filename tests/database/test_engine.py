@@ -16,9 +16,7 @@ from flywheel_pipeline.errors import DatabaseUnavailable, UsageError
 
 @pytest.mark.parametrize("text", ["localhost/flywheel", "user:secret@host:5432/db", "flywheel"])
 def test_a_url_without_scheme_is_refused_and_never_repeated(text: str) -> None:
-    with pytest.raises(
-        DatabaseUnavailable, match="has no scheme; it must begin with postgresql://"
-    ) as refusal:
+    with pytest.raises(DatabaseUnavailable, match="has no scheme; it must begin with postgresql://") as refusal:
         parse_url(text)
     assert "secret" not in str(refusal.value)
     assert "FLYWHEEL_DATABASE_URL" in (refusal.value.hint or "")
@@ -26,9 +24,7 @@ def test_a_url_without_scheme_is_refused_and_never_repeated(text: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["mysql", "sqlite", "postgresql+asyncpg", "http"])
 def test_another_database_system_is_refused(scheme: str) -> None:
-    with pytest.raises(
-        DatabaseUnavailable, match=f"scheme '{scheme.replace('+', '.')}'; Flywheel runs on PostgreSQL"
-    ):
+    with pytest.raises(DatabaseUnavailable, match=f"scheme '{scheme.replace('+', '.')}'; Flywheel runs on PostgreSQL"):
         parse_url(f"{scheme}://host/db")
 
 

@@ -86,9 +86,7 @@ def test_the_migrations_make_exactly_the_declared_tables(empty_engine: sa.Engine
 
 def test_two_upgrades_at_once_make_one_schema(empty_engine: sa.Engine) -> None:
     reports: list[migrate.UpgradeReport] = []
-    threads = [
-        threading.Thread(target=lambda: reports.append(migrate.upgrade(empty_engine))) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: reports.append(migrate.upgrade(empty_engine))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -139,10 +137,7 @@ def test_tables_of_other_systems_beside_ours_stay_as_they_are(empty_engine: sa.E
 def test_a_changed_routine_is_applied_again_and_an_unchanged_one_is_not(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         connection.execute(
-            sa.text(
-                "UPDATE schema_objects SET content_hash = 'older' "
-                "WHERE kind = 'routine' AND name = '10_identity'"
-            )
+            sa.text("UPDATE schema_objects SET content_hash = 'older' WHERE kind = 'routine' AND name = '10_identity'")
         )
         connection.execute(
             sa.text(
@@ -155,16 +150,12 @@ def test_a_changed_routine_is_applied_again_and_an_unchanged_one_is_not(engine: 
         assert column(connection, "SELECT flywheel_class_rank('synthetic')") == [1]
 
 
-def test_a_role_without_rights_is_refused_in_a_sentence(
-    server: EmbeddedServer, empty_engine: sa.Engine
-) -> None:
+def test_a_role_without_rights_is_refused_in_a_sentence(server: EmbeddedServer, empty_engine: sa.Engine) -> None:
     with empty_engine.begin() as connection:
         connection.execute(sa.text("CREATE ROLE guest_of_migrations"))
     guest = open_engine(empty_engine.url.update_query_dict({"options": "-crole=guest_of_migrations"}))
     try:
-        with pytest.raises(
-            DatabaseUnavailable, match="may not create the tables of Flywheel: permission denied"
-        ):
+        with pytest.raises(DatabaseUnavailable, match="may not create the tables of Flywheel: permission denied"):
             migrate.upgrade(guest)
     finally:
         guest.dispose()
@@ -196,9 +187,7 @@ def test_what_an_engineer_changed_in_a_seeded_row_stays(engine: sa.Engine) -> No
         "seed builtin_rules: 0 rows",
     )
     with engine.connect() as connection:
-        assert column(connection, "SELECT enabled FROM runbooks WHERE runbook_id = 'RB-WIN-SEC-005'") == [
-            False
-        ]
+        assert column(connection, "SELECT enabled FROM runbooks WHERE runbook_id = 'RB-WIN-SEC-005'") == [False]
 
 
 def test_every_migration_goes_forward_only() -> None:

@@ -46,7 +46,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory into which the wheel alone is installed."""
     target = tmp_path_factory.mktemp("site")
-    _run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "-t", str(target), str(wheel), cwd=target)
+    _run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-compile",
+        "-t",
+        str(target),
+        str(wheel),
+        cwd=target,
+    )
     return target
 
 
@@ -111,4 +123,6 @@ print(json.dumps({
 
 def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from flywheel_pipeline.cli import main; main()"
-    assert _run(sys.executable, "-c", program, str(installed), "gate", "60", "0", "--json", cwd=tmp_path).startswith("{")
+    assert _run(sys.executable, "-c", program, str(installed), "gate", "60", "0", "--json", cwd=tmp_path).startswith(
+        "{"
+    )

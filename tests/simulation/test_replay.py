@@ -271,9 +271,7 @@ def test_old_agents_put_the_rule_into_runbook_id_and_new_ones_name_it(replay: Re
 
 def test_an_agent_that_knows_the_action_never_calls_it_unknown(replay: Replay) -> None:
     rows = [
-        e
-        for e in final_executions(replay.morning_posts)
-        if (e["error_message"] or "").startswith("Unknown action: ")
+        e for e in final_executions(replay.morning_posts) if (e["error_message"] or "").startswith("Unknown action: ")
     ]
     assert {e["error_message"] for e in rows} == {"Unknown action: run_windows_runbook:RB-WIN-SEC-016"}
     assert all(int(e["agent_version"].rsplit(".", 1)[1]) < 70 for e in rows)
@@ -296,9 +294,7 @@ def test_oldest_agents_send_no_appliance_id_and_the_others_their_own(replay: Rep
 
 
 def test_successes_are_mostly_verified_some_unverified_a_few_contradicted(replay: Replay) -> None:
-    verified = Counter(
-        e["verification_passed"] for e in final_executions(replay.morning_posts) if e["success"]
-    )
+    verified = Counter(e["verification_passed"] for e in final_executions(replay.morning_posts) if e["success"])
     assert verified[True] > 0.85 * verified.total()
     assert 0.02 * verified.total() < verified[None] < 0.15 * verified.total()
     assert 5 <= verified[False] <= 60
@@ -322,9 +318,7 @@ def test_firewall_successes_mostly_hold_for_a_day(replay: Replay) -> None:
     held = 0
     for attempts in events.values():
         attempts.sort()
-        following = [moment for moment, _ in attempts[1:]] + [
-            datetime.max.replace(tzinfo=MORNING_AS_OF.tzinfo)
-        ]
+        following = [moment for moment, _ in attempts[1:]] + [datetime.max.replace(tzinfo=MORNING_AS_OF.tzinfo)]
         for (moment, rule), next_moment in zip(attempts, following, strict=True):
             held += rule == "RB-AUTO-FIREWALL" and next_moment - moment > timedelta(hours=24)
     assert 140 <= held < 166
@@ -436,14 +430,10 @@ def test_most_l2_work_is_firewall_and_backup(replay: Replay) -> None:
     assert counts["backup_status:RB-WIN-BACKUP-001"] == (100, 100)
 
 
-def test_six_rules_can_run_and_eleven_point_at_placeholders(
-    replay: Replay, catalogue: dict[str, str]
-) -> None:
+def test_six_rules_can_run_and_eleven_point_at_placeholders(replay: Replay, catalogue: dict[str, str]) -> None:
     assert len({rule["rule_id"] for rule in replay.rules}) == 17
     assert all(rule["enabled"] for rule in replay.rules)
-    assert all(
-        rule[c] == 0 for rule in replay.rules for c in ("match_count", "success_count", "failure_count")
-    )
+    assert all(rule[c] == 0 for rule in replay.rules for c in ("match_count", "success_count", "failure_count"))
     real = [rule for rule in replay.rules if not _PSEUDO.match(rule["runbook_id"])]
     assert len(real) == 6
     assert all(catalogue[rule["runbook_id"]] == rule["platform"] for rule in real)

@@ -32,17 +32,14 @@ def loaded(engine: sa.Engine) -> Iterator[sa.Connection]:
         latest[row["execution_id"]] = row
     columns = ", ".join(sorted({column for row in latest.values() for column in row}))
     with engine.begin() as connection:
-        connection.execute(
-            sa.text(_INSERT.format(columns=columns)), {"rows": json.dumps(list(latest.values()))}
-        )
+        connection.execute(sa.text(_INSERT.format(columns=columns)), {"rows": json.dumps(list(latest.values()))})
         yield connection
 
 
 def test_levels_successes_and_rules_are_those_of_the_golden_table(loaded: sa.Connection) -> None:
     rows, l1, successful = loaded.execute(
         sa.text(
-            "SELECT count(*), count(*) FILTER (WHERE level = 'L1'), count(*) FILTER (WHERE success) "
-            "FROM executions"
+            "SELECT count(*), count(*) FILTER (WHERE level = 'L1'), count(*) FILTER (WHERE success) FROM executions"
         )
     ).one()
     golden = GOLDEN["telemetry"]
@@ -58,8 +55,7 @@ def test_levels_successes_and_rules_are_those_of_the_golden_table(loaded: sa.Con
 def test_bitlocker_rows_fall_into_the_classes_that_explain_them(loaded: sa.Connection) -> None:
     rows = loaded.execute(
         sa.text(
-            "SELECT outcome_class, count(*) FROM executions "
-            "WHERE rule_id = 'RB-AUTO-BITLOCKE' GROUP BY outcome_class"
+            "SELECT outcome_class, count(*) FROM executions WHERE rule_id = 'RB-AUTO-BITLOCKE' GROUP BY outcome_class"
         )
     )
     classes: dict[str, int] = dict(rows.all())

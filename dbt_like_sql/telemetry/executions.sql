@@ -1,6 +1,6 @@
 /*---
 name: executions
-room: aggregates
+room: telemetry
 materialized: view
 grain: one row per execution in execution_telemetry whose event time is credible
 description: >
