@@ -18,7 +18,7 @@ from exactness import assert_exact, graph
 from telemetry_rows import NOON, insert, row
 
 from flywheel_pipeline.aggregates.recount import recount
-from flywheel_pipeline.aggregates.refresh import refresh, rebuild
+from flywheel_pipeline.aggregates.refresh import rebuild, refresh
 
 WRITERS = 8
 SITES = ["site-a", "site-b", "site-c"]
@@ -217,9 +217,9 @@ def test_a_row_that_arrives_while_the_reading_changes_is_read_the_new_way(engine
     ],
 )
 def test_what_looks_for_rows_refuses_an_old_snapshot(engine: sa.Engine, statement: str) -> None:
-    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        with pytest.raises(sa.exc.DatabaseError, match="isolation level read committed"):
-            connection.exec_driver_sql(statement)
+    old = engine.connect().execution_options(isolation_level="REPEATABLE READ")
+    with old as connection, pytest.raises(sa.exc.DatabaseError, match="isolation level read committed"):
+        connection.exec_driver_sql(statement)
 
 
 def _refresh_and_be_killed(engine: sa.Engine, begun: Connection) -> None:
