@@ -15,7 +15,7 @@ from flywheel_pipeline.aggregates.batches import Batch
 from flywheel_pipeline.delivery.publish import write_manifests
 from flywheel_pipeline.promotion import certificate as certificates
 from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence, rule_of_pattern
-from flywheel_pipeline.promotion.gates import Decision, decide_pattern, within_limit
+from flywheel_pipeline.promotion.gates import NOT_SERVED, Decision, decide_pattern, within_limit
 from flywheel_pipeline.promotion.ledger import RuleEvent, append_events, definition
 from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.quality import unmet_gates
@@ -23,8 +23,6 @@ from flywheel_pipeline.quality import unmet_gates
 PROMOTION_LOCK = 0x666C7977686C0002  # 'flywhl', lock 2
 ACTOR = "flywheel"
 _AT_ONCE = {("none", "fleet"), ("proposed", "fleet")}
-# Steps out of these put a rule where no machine has run it yet: the policy limits how many one run takes.
-_NOT_SERVED = ("none", "proposed", "shadow")
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             held.append((key, f"its evidence changed since the decision: {decision.reason}"))
         else:
             due[key] = decision
-    waiting = [(key, evidence[key].successes) for key in due if evidence[key].stage in _NOT_SERVED]
+    waiting = [(key, evidence[key].successes) for key in due if evidence[key].stage in NOT_SERVED]
     spent = connection.execute(
         sa.text(
             "SELECT count(*) FROM rule_events WHERE batch_id = :batch AND kind IN ('promoted', 'advanced') "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.gates import (
+    NOT_SERVED,
     Decision,
     PatternEvidence,
     SiteEvidence,
@@ -44,6 +45,7 @@ __all__ = [
     "even_fleet",
     "exact_table",
     "giant_site",
+    "ideal_facts",
     "least_of",
     "plot",
     "promoted_after",
@@ -58,19 +60,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EpisodeLog:
-    """Rated episodes of one pattern in the order of event time, as parallel tuples of one length.
+    """Episodes of one pattern in the order of event time, as parallel tuples of one length.
 
     Attributes:
         at: when each began, days.
         site, host: names; a host is meant within its site.
-        succeeded: healed for good.
+        succeeded: healed for good; None where no execution of it was rated: a threshold counts it, the test does not.
         executions, raw_successes: the L2 executions in it, and those reported as success: what a threshold counts.
     """
 
     at: tuple[float, ...]
     site: tuple[str, ...]
     host: tuple[str, ...]
-    succeeded: tuple[bool, ...]
+    succeeded: tuple[bool | None, ...]
     executions: tuple[int, ...]
     raw_successes: tuple[int, ...]
 
@@ -83,16 +85,17 @@ class EpisodeLog:
         Raises:
             ValueError: a row of another length, or more successes than executions.
         """
-        full: list[tuple[float, str, str, bool, int, int]] = []
+        full: list[tuple[float, str, str, bool | None, int, int]] = []
         for row in rows:
             if len(row) not in (4, 6):
                 raise ValueError(f"an episode is (at, site, host, succeeded[, executions, raw_successes]), not {row!r}")
-            at, site, host, succeeded = float(row[0]), str(row[1]), str(row[2]), bool(row[3])
-            executions, raw = (int(row[4]), int(row[5])) if len(row) == 6 else (1, int(succeeded))
+            at, site, host = float(row[0]), str(row[1]), str(row[2])
+            succeeded = None if row[3] is None else bool(row[3])
+            executions, raw = (int(row[4]), int(row[5])) if len(row) == 6 else (1, int(bool(succeeded)))
             if not 0 <= raw <= executions:
                 raise ValueError(f"{raw} successes of {executions} executions is no count")
             full.append((at, site, host, succeeded, executions, raw))
-        full.sort()
+        full.sort(key=lambda row: (*row[:3], str(row[3]), *row[4:]))
         columns = tuple(zip(*full, strict=True)) if full else ((),) * 6
         return cls(*columns)
 
@@ -123,6 +126,8 @@ class _Tally:
             self.settled += 1
 
     def _count(self, i: int) -> None:
+        if self.log.succeeded[i] is None:
+            return
         site, host = self.log.site[i], self.log.host[i]
         counts = self._sites.setdefault(site, [0, 0])
         nth = self._hosts.get((site, host), 0) + 1
@@ -180,7 +185,7 @@ class Replayed:
     Attributes:
         served_at: first day on any machine (canary or further), None if never.
         fleet_at: first day on every machine, None if never.
-        episodes_before: episodes seen when it was first served, or in all if it never was.
+        episodes_before: rated episodes seen when it was first served, or in all if it never was.
         later_episodes, later_failures: what came after it was first served: the price of an early promotion.
         last: the decision at the last look.
     """
@@ -206,8 +211,8 @@ def replay_history(
     """Replay history through a policy as of each past look, stage by stage, and return what it would have done.
 
     At each look only what was known then counts: executions that began, episodes that had settled. A shadow rule
-    would have fired at each episode since it entered shadow. New rules beyond the policy's limit wait for the next
-    look. A rule takes one step at a look, as in service.
+    would have fired at each episode since it entered shadow. Rules not yet served beyond the policy's limit wait for
+    the next look. A rule takes one step at a look, as in service.
 
     Args:
         candidates: patterns with their logs.
@@ -233,11 +238,11 @@ def replay_history(
         for i, candidate in enumerate(candidates):
             tallies[i].advance(now, settle_days)
             last[i] = decide_pattern(_as_of(candidate, tallies[i], stages[i], entered[i], now), policy)
-            if last[i].target_state is not None and stages[i] == "none":
+            if last[i].target_state is not None and stages[i] in NOT_SERVED:
                 due.append((f"{i:09d}", sum(s.successes for s in tallies[i].sites())))
         allowed = set(within_limit(due, policy))
         for i, decision in enumerate(last):
-            if decision.target_state is None or (stages[i] == "none" and f"{i:09d}" not in allowed):
+            if decision.target_state is None or (stages[i] in NOT_SERVED and f"{i:09d}" not in allowed):
                 continue
             stages[i], entered[i] = decision.target_state, now
             counted = sum(s.successes + s.failures for s in tallies[i].sites())
@@ -265,14 +270,15 @@ def _result(candidate: Candidate, policy: Policy, moves: tuple[Move, ...], last:
     log = candidate.log
     served = next((m.at for m in moves if m.to_state in SERVED), None)
     fleet = next((m.at for m in moves if m.to_state == "fleet"), None)
-    later = [] if served is None else [good for at, good in zip(log.at, log.succeeded, strict=True) if at > served]
+    rated = [(at, good) for at, good in zip(log.at, log.succeeded, strict=True) if good is not None]
+    later = [] if served is None else [good for at, good in rated if at > served]
     return Replayed(
         pattern_key=candidate.facts.pattern_key,
         policy=policy.name,
         moves=moves,
         served_at=served,
         fleet_at=fleet,
-        episodes_before=len(log) - len(later),
+        episodes_before=len(rated) - len(later),
         later_episodes=len(later),
         later_failures=later.count(False),
         last=last,
@@ -323,6 +329,38 @@ class FleetPlan:
     def average(self) -> float:
         """The mean of the sites' true rates: what the fleet as a whole would get, each site counting once."""
         return statistics.fmean(self.site_rates)
+
+
+def ideal_facts() -> PatternEvidence:
+    """Return evidence on which every gate but those on successes and failures passes: what remains is the test."""
+    return PatternEvidence(
+        pattern_key="simulated",
+        incident_type="simulated",
+        runbook_id="simulated",
+        platform="simulated",
+        occurrences=0,
+        successes=0,
+        excluded=0,
+        unverified=0,
+        runbook_problem=None,
+        is_disruptive=False,
+        category="simulated",
+        conditions={"incident_type": "simulated"},
+        matched_incidents=10**6,
+        shadowed_rules=(),
+        capable_share=1.0,
+        selected_incidents=1,
+        type_incidents=1,
+        sites=(),
+        active_sites=10**6,
+        stage="none",
+        would_fires=10**6,
+        shadow_days=10.0**6,
+        attempt=1,
+        approvers=("simulated",),
+        rejected_by=None,
+        checks_green=True,
+    )
 
 
 def even_fleet(rate: float, sites: int = 40) -> FleetPlan:

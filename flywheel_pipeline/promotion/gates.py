@@ -22,6 +22,8 @@ PatternVerdict = Literal["promote", "advance", "hold", "reject", "expired"]
 RuleVerdict = Literal["keep", "warn", "quarantine"]
 
 NEXT_STAGE = {"none": "shadow", "proposed": "shadow", "shadow": "canary", "canary": "ring", "ring": "fleet"}
+# A step out of these puts a rule where no machine has run it yet: a policy limits how many one run takes.
+NOT_SERVED = frozenset({"none", "proposed", "shadow"})
 
 
 @dataclass(frozen=True)
