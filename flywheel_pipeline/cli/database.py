@@ -38,12 +38,11 @@ def check(json: bool = typer.Option(False, "--json", help="Print the differences
     found = [asdict(difference) for difference in differences(open_database(upgraded=False))]
     if json:
         print_json({"differences": found})
+    elif found:
+        columns = {"object": "object", "problem": "problem", "expected": "declared", "found": "live"}
+        print_table(f"{len(found)} differences", found, columns)
     else:
-        print_table(
-            f"{len(found)} differences" if found else "The live schema equals the declared one.",
-            found,
-            {"object": "object", "problem": "problem", "expected": "declared", "found": "live"} if found else {},
-        )
+        out.print("The live schema equals the declared one.")
     if found:
         raise typer.Exit(SchemaMismatch.exit_code)
 

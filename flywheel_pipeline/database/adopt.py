@@ -590,7 +590,8 @@ def _report(plan: Plan, *, applied: bool, counters: tuple[CounterLine, ...] = ()
         applied=applied,
         changes=tuple(map(_shown, plan.steps)),
         left=tuple(
-            {"object": object_, "why": why} for object_, why in dict.fromkeys((x.object, x.why) for x in plan.left)
+            {"object": object_, "why": why}
+            for object_, why in dict.fromkeys((x.object, x.why) for x in plan.left_visibly())
         ),
         notes=tuple(plan.notes),
         obstacles=tuple(map(_blocked, plan.obstacles)),

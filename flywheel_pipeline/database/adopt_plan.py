@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 
 from flywheel_pipeline.database import adopt_catalog as catalog
 from flywheel_pipeline.database import declared
-from flywheel_pipeline.database.drift import CatalogObject, snapshots
+from flywheel_pipeline.database.drift import CatalogObject, differences, snapshots
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.sql_models.relations import execute, quote
 
@@ -128,10 +128,11 @@ class Plan:
     left: list[Left] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    differing: frozenset[tuple[str, str]] = frozenset()
 
-    def accepts(self, label: str, problem: str) -> bool:
-        """Say whether this difference is one that the plan leaves."""
-        return any((left.object, left.problem) == (label, problem) for left in self.left)
+    def left_visibly(self) -> list[Left]:
+        """Return what differs from the declared schema today and stays so."""
+        return [left for left in self.left if (left.object, left.problem) in self.differing]
 
 
 def make_plan(connection: Connection) -> Plan:
@@ -149,6 +150,7 @@ def make_plan(connection: Connection) -> Plan:
     plan = Plan(tuple(name for name in PRODUCTION if name in present))
     _plan_names(plan, present)
     wanted, live = snapshots(connection)
+    plan.differing = frozenset((found.object, found.problem) for found in differences(wanted, live))
     readable = [name for name in plan.tables if _readable(connection, plan, name, present[name])]
     for name in readable:
         _TablePlanner(connection, plan, name, wanted, live).plan_table()
@@ -718,7 +720,7 @@ def _judge_text(want: str, live: str) -> TypeChange | str | None:
     if live.startswith("character varying("):
         if needed is not None and given is not None and given >= needed:
             return f"it holds {given} characters, more than the {needed} needed"
-        return TypeChange(f"what agents send may be longer than {given} characters")
+        return TypeChange(f"a value may be longer than {given} characters")
     back = "" if live.startswith("character(") else f"{{}}::{live}"
     return TypeChange(f"text comes in, and {live} would refuse it or alter it", f"{{}}::{want}", back, family=True)
 
