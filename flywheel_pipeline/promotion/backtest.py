@@ -328,7 +328,7 @@ class FleetPlan:
     @property
     def average(self) -> float:
         """The mean of the sites' true rates: what the fleet as a whole would get, each site counting once."""
-        return statistics.fmean(self.site_rates)
+        return round(statistics.fmean(self.site_rates), 12)
 
 
 def ideal_facts() -> PatternEvidence:
