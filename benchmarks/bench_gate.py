@@ -1,7 +1,8 @@
 """The gates on 10,000 candidates with evidence from 200 sites each; bar: 5 s, on two cores.
 
 Two ways are measured: `decide_pattern` on every candidate, with every gate and sentence, as the pipeline does it; and
-`evaluate_many`, the sequential test alone on arrays. Exit 1 if the first misses the bar, or if the two disagree.
+`evaluate_many`, the sequential test alone on arrays. Exit 1 if the first misses the bar, or if the two disagree. The
+bar is on wall time; the CPU seconds beside it tell a slow gate from a busy machine.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def main() -> int:
         for good, bad in zip(successes, failures, strict=True)
     ]
 
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     decisions = [decide_pattern(e, policy) for e in evidence]
-    gates_seconds = time.perf_counter() - started
+    gates_seconds, gates_cpu = time.perf_counter() - started, time.process_time() - started_cpu
 
     gate = policy.stage_gate("ring", "firewall")
     started = time.perf_counter()
@@ -82,7 +83,7 @@ def main() -> int:
     rejected = sum(d.verdict == "reject" for d in decisions)
     agree = all((d.verdict == "advance") == (v == "promote") for d, v in zip(decisions, arrays["verdict"], strict=True))
     print(f"{CANDIDATES:,} candidates of {SITES} sites: {advanced:,} advance, {rejected:,} rejected")
-    print(f"decide_pattern, all gates    {gates_seconds:6.2f} s   bar {BAR_SECONDS:.0f} s")
+    print(f"decide_pattern, all gates    {gates_seconds:6.2f} s   bar {BAR_SECONDS:.0f} s   (CPU {gates_cpu:.2f} s)")
     print(f"evaluate_many, the test only {arrays_seconds:6.2f} s")
     print(f"the two agree: {'yes' if agree else 'NO'}")
     return 0 if gates_seconds <= BAR_SECONDS and agree else 1

@@ -111,6 +111,8 @@ def test_the_ladder_up_to_the_canary_is_that_of_the_pipeline(engine):
     fleet = StagedFleet(engine, 20)
     for day in range(8):
         fleet.heal(AUDIT, day, hosts=[1 + day % 4], sites=fleet.sites[day % 2 :: 2])
+        # Reported as success by agents that verify nothing: executions that no rate counts, neither way.
+        fleet.heal(AUDIT, day, hosts=[9], sites=fleet.sites[:3], verification_passed=None)
         fleet.run(day + MIDNIGHT)
     steps = fleet.rows(
         "SELECT to_state, ((occurred_at - interval '1 day') AT TIME ZONE 'UTC')::date::text AS day "
@@ -119,6 +121,9 @@ def test_the_ladder_up_to_the_canary_is_that_of_the_pipeline(engine):
     assert [row.to_state for row in steps] == ["shadow", "canary"]
     found = replayed(fleet, STANDARD)[AUDIT.key, "standard"]["steps"]
     assert [(step["to"], step["day"]) for step in found[:2]] == [(row.to_state, row.day) for row in steps]
+    (candidate,) = load(fleet).candidates
+    assert candidate.log.succeeded.count(None) == 8 * 3
+    assert candidate.log.succeeded.count(True) == 8 * 10
 
 
 # ------------------------------------------------------------------------------------------------------- the command
