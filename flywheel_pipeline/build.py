@@ -24,6 +24,7 @@ from flywheel_pipeline.delivery.checks import delivery_checks
 from flywheel_pipeline.health.assets import rule_quarantines
 from flywheel_pipeline.health.checks import health_checks
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
+from flywheel_pipeline.promotion.backtest_asset import policy_backtest
 from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
 from flywheel_pipeline.promotion.jobs import human_jobs
 from flywheel_pipeline.sql_models.loader import load_models
@@ -56,7 +57,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
     pipeline = dg.define_asset_job(
         PIPELINE_JOB,
-        selection=everything - dg.AssetSelection.checks(SUITE_CHECK),
+        selection=everything - dg.AssetSelection.checks(SUITE_CHECK) - dg.AssetSelection.assets(policy_backtest),
         description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
         executor_def=dg.in_process_executor,
     )
@@ -69,7 +70,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     nightly_job = dg.define_asset_job(
         NIGHTLY_JOB,
         selection=everything,
-        description="The pipeline with every counter recounted in full and the expectation suite over the log.",
+        description="The pipeline with every counter recounted in full, the expectation suite over the log, and the backtest.",
         tags={FULL_RECOUNT_TAG: "true"},
         executor_def=dg.in_process_executor,
     )
@@ -100,6 +101,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
             rule_quarantines,
             promotion_decisions,
             apply,
+            policy_backtest,
             build_delivery_asset(graph),
         ],
         asset_checks=checks,
