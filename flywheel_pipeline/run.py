@@ -114,6 +114,10 @@ def run_pipeline(
             elif data.error is not None:
                 cause: Any = data.error.cause or data.error
                 message = cause.message.strip()
+                if cause.cls_name == "DagsterAssetCheckFailedError":
+                    # Its checks say above what is wrong; the class name would only look like a crash.
+                    gates = ", ".join(line.rpartition(": ")[2] for line in message.splitlines()[1:])
+                    message = f"what stands behind it did not run, because this gate did not pass: {gates}"
             failures.append((event.step_key, message))
     return RunOutcome(run_id, result.success, time.monotonic() - begun, checks, tuple(failures))
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
-from graph_runs import Graph, PlayedDay
+from graph_runs import Answer, CopyDatabase, Environment, Flywheel, Graph, PlayedDay
 
+from flywheel_pipeline.cli import main
 from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.settings import get_settings
@@ -25,9 +27,6 @@ from flywheel_pipeline.simulation.stage import stage_evening, stage_morning
 from flywheel_pipeline.status import read_status
 
 _numbers = itertools.count(1)
-
-CopyDatabase = Callable[[str], sa.Engine]
-Environment = Callable[[sa.Engine, Path], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="session")
@@ -137,3 +136,22 @@ def played_copy(copy_database: CopyDatabase, played: PlayedDay) -> sa.Engine:
     """Engine on a copy of the played day, of this test alone."""
     assert played.engine.url.database is not None
     return copy_database(played.engine.url.database)
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Flywheel:
+    """Run `flywheel …` in this process, through the same `main` as the console script."""
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["flywheel", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        return Answer(code, captured.out, captured.err)
+
+    return run

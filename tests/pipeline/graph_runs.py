@@ -6,7 +6,8 @@ Belongs here: runs, and reading what they left behind. Does not belong here: ass
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from flywheel_pipeline.build import PIPELINE_JOB, build_defs
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.run import RunOutcome
 from flywheel_pipeline.simulation.stage import Part
+
+#: Make a copy of a database by its name.
+CopyDatabase = Callable[[str], sa.Engine]
+#: Point FLYWHEEL_* at a database and a home, for as long as the context lasts.
+Environment = Callable[[sa.Engine, Path], AbstractContextManager[None]]
 
 #: Dagster's own log lines stay out of the test output; each test asserts on outcomes.
 QUIET: Mapping[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -114,6 +120,23 @@ class PlayedDay:
     before: dict[str, Any]
     noon: dict[str, Any]
     evening: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON document."""
+        return json.loads(self.out)
+
+
+Flywheel = Callable[..., Answer]
 
 
 def state_of(engine: sa.Engine) -> dict[str, list[str]]:

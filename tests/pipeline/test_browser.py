@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Environment
-from graph_runs import PlayedDay
+from graph_runs import Environment, PlayedDay
 
 from flywheel_pipeline.database.settings import Settings
 from flywheel_pipeline.serve import Services, start
@@ -105,7 +104,7 @@ def test_the_check_of_failing_rules_names_bitlocker_with_its_matches_rate_and_er
 ) -> None:
     from selenium.webdriver.common.by import By
 
-    browser.get(f"{ui.url}/assets/l1_rules?view=checks&checkDetail=no_failing_rules")
+    browser.get(f"{ui.url}/assets/rule_quarantines?view=checks&checkDetail=no_failing_rules")
     text = wait_for_text(browser, "no_failing_rules", "non-blocking", "RB-AUTO-BITLOCKE", "[Show Markdown]")
     assert "succeeded in 917 of 3,057 executions (30.0 %)" in text
     browser.find_element(By.XPATH, "//*[text()='[Show Markdown]']").click()

@@ -6,59 +6,20 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 import typer
-from conftest import CopyDatabase, Environment
-from graph_runs import PlayedDay, state_of
+from graph_runs import Answer, CopyDatabase, Environment, Flywheel, PlayedDay, state_of
 
-from flywheel_pipeline.cli import main
 from flywheel_pipeline.cli.app import app
 from flywheel_pipeline.simulation.replay import GOLDEN, Replay
 
 SIGNED = ("--actor", "ops@clinic", "--reason", "tested")
 PROMOTED = "RB-AUTO-defender_exclusions~RB-WIN-SEC-017~windows"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command answered."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output as one JSON document."""
-        return json.loads(self.out)
-
-
-Flywheel = Callable[..., Answer]
-
-
-@pytest.fixture
-def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Flywheel:
-    """Run `flywheel …` in this process, through the same `main` as the console script."""
-
-    def run(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["flywheel", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err
-        return Answer(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -222,15 +183,6 @@ def test_lists_are_json_too(flywheel: Flywheel) -> None:
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
-
-
-def test_a_second_day_changes_nothing_and_says_so(flywheel_writing: Flywheel, played_copy: sa.Engine) -> None:
-    before = state_of(played_copy)
-    answer = flywheel_writing("simulate", "replay-2026-02-15")
-    assert answer.code == 0
-    assert "42 of 42 figures right" in answer.out
-    assert "Nothing changed: the day had been played before." in answer.out
-    assert state_of(played_copy) == before
 
 
 def test_a_figure_that_is_off_fails_the_simulation(flywheel_writing: Flywheel, played_copy: sa.Engine) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import sqlalchemy as sa
-from conftest import Environment
 from dagster._core.definitions.reconstruct import ReconstructableRepository
-from graph_runs import QUIET, Graph, failed_steps, finished_steps
+from graph_runs import QUIET, Environment, Graph, failed_steps, finished_steps
 
 from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG
 from flywheel_pipeline.aggregates.refresh import refresh
@@ -176,6 +175,7 @@ def test_a_failed_gate_promotes_nothing_and_stops_no_quarantine(graph: Graph, ga
     assert {name for name, verdict in graph.verdicts().items() if verdict == "fail"} == {gate}
     assert failed_steps(result) == {STEP_OF_GATE[gate]}
     assert not {"apply", "deliver"} & finished_steps(result)
+    assert {"rule_quarantines", "health_checks"} <= finished_steps(result)
     assert graph.promotions() == []
     assert graph.quarantines() == 11
     # What is out of service is out of every manifest, although nothing was delivered in this run.

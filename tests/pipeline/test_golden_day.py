@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import Environment
-from graph_runs import PlayedDay, state_of
+from graph_runs import Environment, Flywheel, PlayedDay, state_of
 
-from flywheel_pipeline.database.settings import get_settings
 from flywheel_pipeline.promotion.certificate import verify
 from flywheel_pipeline.promotion.explain import explain
-from flywheel_pipeline.run import dagster_instance, run_pipeline
 from flywheel_pipeline.simulation.replay import (
     CROSSING_PATTERNS,
     GOLDEN,
     GOLDEN_MORNING,
     HELD_PATTERNS,
-    Replay,
 )
-from flywheel_pipeline.simulation.stage import compare, stage_evening, stage_morning
-from flywheel_pipeline.status import read_status
+from flywheel_pipeline.simulation.stage import compare
 
 #: What a reason must say, by the kind of reason that the replay gives a pattern.
 HELD_BECAUSE = {
@@ -163,19 +157,17 @@ def test_the_ten_others_are_held_each_for_its_own_reason(played: PlayedDay) -> N
         assert stopped == ["inconclusive" if kind == "too_few_occurrences" else "fail"]
 
 
-def test_a_second_day_changes_nothing(
-    played: PlayedDay, played_copy: sa.Engine, environment: Environment, replay: Replay, tmp_path: Path
+def test_a_second_day_changes_nothing_and_the_command_says_so(
+    played: PlayedDay, played_copy: sa.Engine, environment: Environment, run_command: Flywheel
 ) -> None:
     before = state_of(played_copy)
-    with environment(played_copy, tmp_path), dagster_instance(played_copy.url, get_settings()) as instance:
-        for stage in (stage_morning, stage_evening):
-            part = stage(played_copy, replay, tmp_path / "replay")
-            assert (part.intake.inserted, part.intake.corrected, part.patterns, part.rules) == (0, 0, 0, 0)
-            assert part.intake.unchanged == part.intake.read
-            outcome = run_pipeline(instance, full_recount=True)
-            assert outcome.success
+    with environment(played_copy, played.home):
+        answer = run_command("simulate", "replay-2026-02-15")
+    assert answer.code == 0
+    posts = played.parts[0].intake.read
+    assert f"morning: {posts:,} posts read, 0 new, 0 corrections, {posts:,} known, 0 rejected" in answer.err
+    assert "evening: 4 posts read, 0 new, 0 corrections, 4 known, 0 rejected" in answer.err
+    assert "42 of 42 figures right" in answer.out
+    assert "Nothing changed: the day had been played before." in answer.out
     after = state_of(played_copy)
     assert [table for table in before if before[table] != after[table]] == []
-    with played_copy.connect() as connection:
-        status = read_status(connection)
-    assert [line for line in compare(status, GOLDEN) if not line["ok"]] == []
