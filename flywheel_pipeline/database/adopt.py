@@ -399,6 +399,12 @@ class _Undoer:
         ).all()
         for trigger in triggers:
             execute(self.connection, f"DROP TRIGGER {quote(trigger.name)} ON {trigger.relation}")
+        statistics = self.connection.exec_driver_sql(
+            "SELECT stxname FROM pg_statistic_ext "
+            f"WHERE stxnamespace = '{declared.SCHEMA}'::regnamespace AND starts_with(stxname, 'flywheel_')"
+        ).scalars()
+        for name in statistics.all():  # they name our functions
+            execute(self.connection, f"DROP STATISTICS {quote(name)}")
         if mine:
             execute(self.connection, f"DROP FUNCTION {', '.join(row.signature for row in mine)}")
         self.tell(f"{len(triggers)} triggers and {len(mine)} functions of Flywheel dropped")

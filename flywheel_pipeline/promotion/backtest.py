@@ -229,6 +229,7 @@ def replay_history(
     tallies = [_Tally(c.log, policy) for c in candidates]
     stages = ["none"] * len(candidates)
     entered = [0.0] * len(candidates)
+    parked = [False] * len(candidates)
     moves: list[list[Move]] = [[] for _ in candidates]
     last: list[Decision] = [
         decide_pattern(_as_of(c, t, "none", 0.0, 0.0), policy) for c, t in zip(candidates, tallies, strict=True)
@@ -237,7 +238,9 @@ def replay_history(
         due: list[tuple[str, int]] = []
         for i, candidate in enumerate(candidates):
             tallies[i].advance(now, settle_days)
-            last[i] = decide_pattern(_as_of(candidate, tallies[i], stages[i], entered[i], now), policy)
+            present = replace(_as_of(candidate, tallies[i], stages[i], entered[i], now), parked=parked[i])
+            last[i] = decide_pattern(present, policy)
+            parked[i] = parked[i] or last[i].verdict == "expired"
             if last[i].target_state is not None and stages[i] in NOT_SERVED:
                 due.append((f"{i:09d}", sum(s.successes for s in tallies[i].sites())))
         allowed = set(within_limit(due, policy))

@@ -185,6 +185,19 @@ def load_pattern_evidence(
             )
         )
     }
+    # Once expired, a pattern stays parked at its stage and attempt until somebody approves it after that.
+    parked = {
+        (row.subject_id, row.stage, row.attempt)
+        for row in connection.execute(
+            sa.text(
+                "SELECT d.subject_id, d.evidence ->> 'stage' AS stage, (d.evidence ->> 'attempt')::int AS attempt "
+                "FROM promotion_decisions AS d WHERE d.subject_kind = 'pattern' AND d.verdict = 'expired' "
+                "AND d.policy_name = :policy AND NOT EXISTS (SELECT 1 FROM human_acts AS a WHERE a.act = 'approve' "
+                "  AND a.subject_id = d.subject_id AND a.acted_at > d.decided_at)"
+            ),
+            {"policy": policy.name},
+        )
+    }
     verdicts: dict[str, str] = {
         row.gate: row.verdict
         for row in connection.execute(
@@ -213,6 +226,7 @@ def load_pattern_evidence(
             and is_healthy(h.rated_rate, policy)
         )
         stage = row.rule_state or "none"
+        attempt = max(row.rule_version or 1, 1 + readmissions.get(key, 0))
         evidence.append(
             PatternEvidence(
                 pattern_key=key,
@@ -239,7 +253,7 @@ def load_pattern_evidence(
                 shadow_days=0.0
                 if stage != "shadow"
                 else max((batch.now - row.rule_state_at).total_seconds() / 86400, 0.0),
-                attempt=max(row.rule_version or 1, 1 + readmissions.get(key, 0)),
+                attempt=attempt,
                 approvers=_approvers(acts[key]),
                 rejected_by=acts[key][-1].actor if acts[key] and acts[key][-1].act == "reject" else None,
                 checks_green=checks_green,
@@ -248,6 +262,7 @@ def load_pattern_evidence(
                 else max((batch.now - row.observed_since).total_seconds() / 86400, 0.0),
                 first_at=row.first_at.isoformat() if row.first_at else None,
                 last_at=row.last_at.isoformat() if row.last_at else None,
+                parked=(key, stage, attempt) in parked,
             )
         )
     return evidence

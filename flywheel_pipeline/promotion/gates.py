@@ -42,7 +42,7 @@ class PatternEvidence:
 
     `occurrences` and `successes` are raw L2 executions as reported; `sites` holds the capped, settled episodes that
     the sequential test counts: of L2 before the canary, of the rule itself from then on. Shares are fractions, None
-    where nothing is known.
+    where nothing is known. `parked`: it expired at this stage and nobody has approved it since.
     """
 
     pattern_key: str
@@ -74,6 +74,7 @@ class PatternEvidence:
     days_observed: float | None = None
     first_at: dt.datetime | str | None = None
     last_at: dt.datetime | str | None = None
+    parked: bool = False
 
     @property
     def rated(self) -> tuple[int, int]:
@@ -447,7 +448,7 @@ def _expiry(e: PatternEvidence, policy: Policy) -> GateResult | None:
     rated = sum(e.rated)
     days = e.days_observed
     over = (days is not None and days >= policy.expiry.days) or rated >= policy.expiry.episodes
-    if not over:
+    if not over and not e.parked:
         return None
     return GateResult(
         "expiry",
@@ -498,7 +499,7 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
         gates.append(approval)
     # Only evidence expires: a candidate that waits for its shadow time, for a check or for a name does not.
     undecided = any(g.verdict == "inconclusive" for g in statistics)
-    if undecided and not evidence.approvers:
+    if (undecided or evidence.parked) and not evidence.approvers:
         expiry = _expiry(evidence, policy)
         if expiry is not None:
             gates.append(expiry)

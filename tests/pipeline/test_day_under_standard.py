@@ -40,13 +40,12 @@ def test_standard_passes_firewall_waits_for_ssh_and_takes_the_failing_rules_out(
     with dg.DagsterInstance.ephemeral() as instance:
         assert Graph(played_copy, instance).run().success
     with played_copy.connect() as connection:
-        states = dict(
-            connection.execute(
+        states = {
+            row.rule_id: row.state
+            for row in connection.execute(
                 sa.text("SELECT rule_id, state FROM l1_rules WHERE rule_id = ANY(:ids)"), {"ids": list(VERDICTS)}
             )
-            .tuples()
-            .all()
-        )
+        }
         served = set(
             connection.execute(
                 sa.text("SELECT DISTINCT e ->> 'id' FROM rule_manifests, jsonb_array_elements(rules) AS e")

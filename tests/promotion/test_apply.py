@@ -97,6 +97,20 @@ def test_a_good_pattern_climbs_from_none_to_the_fleet_under_the_standard_policy(
         assert registry_equals_ledger(connection).passed
 
 
+def test_a_pattern_that_stayed_inconclusive_is_parked_until_somebody_approves_it(engine):
+    fleet = StagedFleet(engine, 20)
+    fleet.heal(AUDIT, 0, sites=fleet.sites[:1])
+    assert fleet.run(2).applied.moved == ((AUDIT.rule_id, "shadow"),)
+    assert fleet.run(70).verdict(AUDIT)[0] == "expired"
+    for day in (71, 73, 75):
+        fleet.heal(AUDIT, day)
+    assert fleet.run(77).verdict(AUDIT) == ("expired", "Inconclusive for too long: parked until somebody approves it.")
+    assert fleet.state(AUDIT) == "shadow"
+    (report,) = act(engine, "approve", [AUDIT.key], actor="ana", reason="the clinics were closed")
+    assert report.done
+    assert fleet.run(78).applied.moved == ((AUDIT.rule_id, "canary"),)
+
+
 def test_a_rule_that_fails_in_the_canary_goes_no_further_and_leaves_service(engine):
     fleet = StagedFleet(engine, 60)
     for day in (0, 2, 4):

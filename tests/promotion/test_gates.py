@@ -271,6 +271,13 @@ def test_only_evidence_expires_and_not_the_wait_for_shadow_checks_or_a_name():
     assert decide_pattern(pattern(active_sites=3, **waiting), STANDARD).verdict == "hold"
 
 
+def test_a_parked_pattern_stays_parked_whatever_it_shows_until_somebody_approves_it():
+    assert decide_pattern(pattern(), STANDARD).verdict == "advance"
+    parked = decide_pattern(pattern(parked=True), STANDARD)
+    assert (parked.verdict, parked.target_state) == ("expired", None)
+    assert decide_pattern(pattern(parked=True, approvers=("ana",)), STANDARD).verdict == "advance"
+
+
 def test_a_thousand_inconclusive_episodes_expire_as_well():
     # 90.5 % of 1,000: neither promoted nor rejected at the floor of 90 %.
     half = sites(*[(9, 1)] * 95, *[(10, 0)] * 5)

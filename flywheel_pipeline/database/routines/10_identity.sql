@@ -4,6 +4,7 @@
 CREATE OR REPLACE FUNCTION flywheel_level(resolution_level text, rule_id text, runbook_id text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
   SELECT CASE
+    WHEN resolution_level IN ('L1', 'L2', 'L3') THEN resolution_level  -- nearly all rows: spelled as it should be
     WHEN upper(btrim(resolution_level)) IN ('L1', 'L2', 'L3') THEN upper(btrim(resolution_level))
     WHEN coalesce(rule_id, '') <> '' OR runbook_id LIKE 'L1-%' OR runbook_id LIKE 'RB-AUTO-%' THEN 'L1'
     WHEN runbook_id LIKE 'L2-%' THEN 'L2'
