@@ -1,0 +1,13 @@
+-- What the planner cannot know of expressions over telemetry: without these it takes 0.5 % of the rows for L1 and every
+-- error message for another one, sorts on disk and never goes parallel. Counting 1 M rows by rule, day and outcome class
+-- took 6.9 s without and 1.1 s with them. They live by ANALYZE, so an insert pays nothing.
+
+CREATE STATISTICS IF NOT EXISTS flywheel_levels
+  ON (flywheel_level(resolution_level, rule_id, runbook_id)) FROM execution_telemetry;
+
+CREATE STATISTICS IF NOT EXISTS flywheel_signatures (ndistinct)
+  ON (coalesce(error_message, '')), (coalesce(failure_type, '')), (coalesce(status, '')) FROM execution_telemetry;
+
+CREATE STATISTICS IF NOT EXISTS flywheel_rule_days (ndistinct)
+  ON (flywheel_rule_ref(flywheel_level(resolution_level, rule_id, runbook_id), rule_id, runbook_id)),
+     ((event_at AT TIME ZONE 'UTC')::date) FROM execution_telemetry;
