@@ -76,21 +76,23 @@ def activate_policy(
 
 def open_batch(connection: sa.Connection, run_id: str) -> Batch:
     """Return the batch of this run, opened on first call with the policy then in force."""
-    activation = policy_in_force(connection)
-    policy = policies.load_policy(activation.policy_name)
-    connection.execute(
-        sa.text(
-            "INSERT INTO refresh_batches (run_id, policy_name, policy_hash, as_of) "
-            "VALUES (:run_id, :name, :hash, :as_of) ON CONFLICT (run_id) DO NOTHING"
-        ),
-        {
-            "run_id": run_id,
-            "name": activation.policy_name,
-            "hash": policy.policy_hash,
-            "as_of": activation.as_of,
-        },
-    )
-    row = connection.execute(sa.text("SELECT * FROM refresh_batches WHERE run_id = :run_id"), {"run_id": run_id}).one()
+    opened = sa.text("SELECT * FROM refresh_batches WHERE run_id = :run_id")
+    row = connection.execute(opened, {"run_id": run_id}).one_or_none()
+    if row is None:
+        activation = policy_in_force(connection)
+        connection.execute(
+            sa.text(
+                "INSERT INTO refresh_batches (run_id, policy_name, policy_hash, as_of) "
+                "VALUES (:run_id, :name, :hash, :as_of) ON CONFLICT (run_id) DO NOTHING"
+            ),
+            {
+                "run_id": run_id,
+                "name": activation.policy_name,
+                "hash": policies.load_policy(activation.policy_name).policy_hash,
+                "as_of": activation.as_of,
+            },
+        )
+        row = connection.execute(opened, {"run_id": run_id}).one()
     return Batch(
         batch_id=row.batch_id,
         run_id=row.run_id,

@@ -95,6 +95,11 @@ def rebuild(
             to_day=to.date() if to else None,
             progress=show,
         )
+    if site and not any(r.cells for r in reports):
+        raise UsageError(
+            f"There is nothing of a site {site} in these days.",
+            hint="Name the site as it is called today, and days that have telemetry.",
+        )
     totals: dict[str, Any] = {
         "cells": sum(r.cells for r in reports),
         "rows_written": sum(r.rows_written for r in reports),

@@ -70,6 +70,16 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
     if unmet:
         why = "the batch did not pass its gates: " + ", ".join(f"{gate} {v}" for gate, v in unmet.items())
         return Applied((), tuple((row.subject_id, why) for row in rows), gates_unmet=True)
+    overtaken = connection.execute(
+        sa.text(
+            "SELECT max(b.batch_id) FROM refresh_batches AS b JOIN refresh_batches AS own ON own.batch_id = :batch "
+            "WHERE b.refresh_seq > own.refresh_seq"
+        ),
+        {"batch": batch.batch_id},
+    ).scalar_one()
+    if overtaken is not None:
+        why = f"batch {overtaken} refreshed the aggregates after this batch did; it decides on its own"
+        return Applied((), tuple((row.subject_id, why) for row in rows), gates_unmet=True)
     frozen = connection.execute(
         sa.text(
             "SELECT act, actor, reason FROM human_acts WHERE act IN ('freeze', 'thaw') ORDER BY act_id DESC LIMIT 1"
