@@ -3,7 +3,7 @@
 #   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
 #   make up     the same, then the Dagster UI with its daemon and the agent API; Ctrl-C stops them
 #   make test   lint and all tests
-#   make bench  the benchmarks, as ratios in one run
+#   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
 SHELL := /bin/sh
@@ -33,7 +33,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 # -- installation: each step leaves a stamp, so that a warm run does nothing here ---------------------
 

@@ -93,6 +93,8 @@ def main() -> None:
             print(
                 f"commit to promoted rule: median {statistics.median(seconds):.1f} s, p95 {p95:.1f} s; bar p95 <= 10 s {verdict}"
             )
+            if p95 > 10:
+                raise SystemExit(1)
         finally:
             if services is not None:
                 services.stop()
