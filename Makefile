@@ -1,7 +1,7 @@
 # Needs Python >= 3.11 (< 3.15) and make; everything else is installed into .venv from requirements.lock.
 #
 #   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
-#   make up     the same, then the Dagster UI with its daemon and the agent API; Ctrl-C stops them
+#   make up     plays that day unless it was played before, then the Dagster UI with its daemon; Ctrl-C stops them
 #   make test   lint and all tests
 #   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
@@ -21,7 +21,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 run: install
 	$(BIN)/flywheel simulate replay-2026-02-15
 
-up: run
+up: install
+	$(BIN)/flywheel simulate replay-2026-02-15 --unless-played
 	$(BIN)/flywheel up
 
 test: lint

@@ -183,16 +183,24 @@ def replay_day(
     directory: Path | None = typer.Option(
         None, "--directory", help="Where the NDJSON files go; default FLYWHEEL_HOME/replay."
     ),
+    unless_played: bool = typer.Option(
+        False, "--unless-played", help="Do nothing where the day was played before, whatever came after it."
+    ),
 ) -> None:
     """Play the day of 2026-02-15 through the whole graph and hold it against the golden table. Exit 1 if a figure is off."""
     from flywheel_pipeline.database.migrate import upgrade
     from flywheel_pipeline.database.settings import get_settings
     from flywheel_pipeline.simulation.replay import GOLDEN, build_replay
-    from flywheel_pipeline.simulation.stage import compare, stage_evening, stage_morning
+    from flywheel_pipeline.simulation.stage import compare, is_played, stage_evening, stage_morning
 
     engine = open_database(upgraded=False)
     with progress("upgrading the schema"):
         changes = list(upgrade(engine).changes)
+    if unless_played:
+        with engine.connect() as connection:
+            if is_played(connection):
+                out.print("The day of 2026-02-15 was played before.")
+                return
     with progress("building the replay"):
         replay = build_replay()
         target = directory or get_settings().home / "replay"

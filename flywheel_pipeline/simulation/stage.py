@@ -19,7 +19,7 @@ from flywheel_pipeline.candidates.patterns import import_patterns
 from flywheel_pipeline.database import tables
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.promotion.ledger import import_rules
-from flywheel_pipeline.simulation.replay import Replay, write_ndjson
+from flywheel_pipeline.simulation.replay import Replay, build_replay, write_ndjson
 from flywheel_pipeline.telemetry.intake import IntakeReport, import_file
 
 ACTOR = "replay-2026-02-15"
@@ -35,6 +35,21 @@ class Part:
     intake: IntakeReport
     patterns: int
     rules: int
+
+
+def is_played(connection: sa.Connection) -> bool:
+    """Return whether the day was played into this database, at least up to its last four executions' import."""
+    marked = sa.text("SELECT 1 FROM policy_activations WHERE actor = :actor")
+    if connection.execute(marked, {"actor": ACTOR}).first() is None:
+        return False
+    # The evening's rows are the last that the replay brings; their decisions come with the next run at the latest.
+    return (
+        connection.execute(
+            sa.text("SELECT 1 FROM execution_telemetry WHERE execution_id = ANY(:ids) LIMIT 1"),
+            {"ids": [post["execution"]["execution_id"] for post in build_replay().evening_posts]},
+        ).first()
+        is not None
+    )
 
 
 def require_replay_or_empty(connection: sa.Connection) -> None:

@@ -17,6 +17,7 @@ from graph_runs import Answer, CopyDatabase, Environment, Flywheel, PlayedDay, s
 
 from flywheel_pipeline.cli.app import app
 from flywheel_pipeline.simulation.replay import GOLDEN, Replay
+from flywheel_pipeline.simulation.stage import is_played, stage_evening, stage_morning
 
 SIGNED = ("--actor", "ops@clinic", "--reason", "tested")
 PROMOTED = "RB-AUTO-defender_exclusions~RB-WIN-SEC-017~windows"
@@ -197,6 +198,19 @@ def test_a_figure_that_is_off_fails_the_simulation(flywheel_writing: Flywheel, p
     assert answer.json["ok"] is False
     off = {line["figure"] for line in answer.json["figures"] if not line["ok"]}
     assert {"telemetry: rows", "telemetry: l1", "telemetry: successful", "L1-SSH-001: matches"} <= off
+    # What came after the day is nobody's mistake where the day only has to be there.
+    skipped = flywheel_writing("simulate", "replay-2026-02-15", "--unless-played")
+    assert (skipped.code, skipped.out.strip()) == (0, "The day of 2026-02-15 was played before.")
+
+
+def test_a_day_of_which_only_the_morning_was_staged_is_not_called_played(
+    engine: sa.Engine, replay: Replay, tmp_path: Path
+) -> None:
+    for part, played in ((None, False), (stage_morning, False), (stage_evening, True)):
+        if part is not None:
+            part(engine, replay, tmp_path)
+        with engine.connect() as connection:
+            assert is_played(connection) is played
 
 
 def test_a_run_reports_its_checks_and_fails_with_a_gate(flywheel_writing: Flywheel, played_copy: sa.Engine) -> None:
