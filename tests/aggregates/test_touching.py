@@ -133,6 +133,60 @@ def test_a_row_that_moves_touches_where_it_was_and_where_it_is(fleet: sa.Engine)
     assert_exact(fleet)
 
 
+def outcomes(connection: sa.Connection) -> dict[tuple[str, dt.date], str]:
+    found = connection.exec_driver_sql("SELECT site_id, day, string_agg(outcome, ' ') FROM episodes GROUP BY 1, 2")
+    return {(site, day): outcome for site, day, outcome in found}
+
+
+def test_a_row_of_the_next_day_undoes_the_success_of_the_day_before(engine: sa.Engine) -> None:
+    first, second = NOON.date(), NOON.date() + DAY
+    with engine.begin() as connection:
+        insert(connection, [row()])
+        refresh(connection, graph())
+        assert outcomes(connection) == {("site-a", first): "success"}
+        insert(connection, [row(at=NOON + DAY)])  # 24 hours later to the microsecond: still within the window
+        assert touched(connection) == {("site-a", second)}
+        refresh(connection, graph())
+        assert outcomes(connection) == {("site-a", first): "failure", ("site-a", second): "success"}
+    assert_exact(engine)
+
+
+def test_a_late_success_is_judged_by_the_next_day_that_is_there_already(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        insert(connection, [row(at=NOON + DAY)])
+        refresh(connection, graph())
+        insert(connection, [row()])
+        refresh(connection, graph())
+        assert outcomes(connection)[("site-a", NOON.date())] == "failure"
+    assert_exact(engine)
+
+
+def test_rows_of_both_names_of_a_site_count_together_whichever_comes_first(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        add_site_alias(connection, "site-old", "site-a", actor="test", reason="renamed")
+        insert(connection, [row()])
+        refresh(connection, graph())
+        insert(connection, [row(site_id="site-old", hostname="host-2")])
+        refresh(connection, graph())
+        assert outcomes(connection) == {("site-a", NOON.date()): "success success"}
+        insert(connection, [row(hostname="host-3")])
+        refresh(connection, graph())
+        assert outcomes(connection) == {("site-a", NOON.date()): "success success success"}
+    assert_exact(engine)
+
+
+def test_an_alias_that_is_taken_back_gives_the_rows_back(fleet: sa.Engine) -> None:
+    unresolved = "SELECT count(*) FROM unresolved_rule_ids"
+    with fleet.begin() as connection:
+        add_rule_alias(connection, "RB-AUTO-OLD", "L1-SSH-001", actor="test", reason="cut at 8")
+        refresh(connection, graph())
+        assert one(connection, unresolved) == 0
+        connection.exec_driver_sql("DELETE FROM rule_aliases")
+        refresh(connection, graph())
+        assert one(connection, unresolved) == 1
+    assert_exact(fleet)
+
+
 def test_truncate_touches_every_cell_and_the_figures_go_to_nothing(fleet: sa.Engine) -> None:
     with fleet.begin() as connection:
         connection.exec_driver_sql("TRUNCATE execution_telemetry")
