@@ -1,7 +1,8 @@
 """The sensor on new telemetry: no cursor to lose, the outbox is the state.
 
 A tick waits inside itself on the outbox's NOTIFY for up to 20 seconds, which cuts insert-to-run to a few seconds. The
-NOTIFY is a hint: the outbox is asked first and last, so a lost one costs an interval and no data.
+NOTIFY is a hint: of writers that commit at once only one sends it, and the outbox is asked first, last and every two
+seconds.
 """
 
 import time
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.database.resource import FlywheelDatabase
 
 WAIT_SECONDS = 20.0
+LOOK_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 30.0
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -58,7 +60,7 @@ def wait_for_work(engine: sa.Engine, seconds: float) -> tuple[int, int]:
             left = deadline - time.monotonic()
             if cells or acts or left <= 0:
                 return cells, acts
-            for _ in listener.notifies(timeout=left, stop_after=1):
+            for _ in listener.notifies(timeout=min(left, LOOK_SECONDS), stop_after=1):
                 pass
 
 

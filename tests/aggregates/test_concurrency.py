@@ -19,6 +19,7 @@ from telemetry_rows import NOON, insert, row
 
 from flywheel_pipeline.aggregates.recount import recount
 from flywheel_pipeline.aggregates.refresh import rebuild, refresh
+from flywheel_pipeline.telemetry.sensors import LOOK_SECONDS, wait_for_work
 
 WRITERS = 8
 SITES = ["site-a", "site-b", "site-c"]
@@ -220,6 +221,27 @@ def test_what_looks_for_rows_refuses_an_old_snapshot(engine: sa.Engine, statemen
     old = engine.connect().execution_options(isolation_level="REPEATABLE READ")
     with old as connection, pytest.raises(sa.exc.DatabaseError, match="isolation level read committed"):
         connection.exec_driver_sql(statement)
+
+
+def test_a_commit_wakes_the_sensor_and_one_that_left_it_to_another_is_seen_soon(engine: sa.Engine) -> None:
+    def sleep_and_commit(rows: list[dict[str, object]]) -> None:
+        time.sleep(0.3)
+        with engine.begin() as connection:
+            insert(connection, rows)
+
+    def waited() -> float:
+        begun = time.monotonic()
+        assert wait_for_work(engine, 15.0)[0] > 0
+        return time.monotonic() - begun
+
+    with running(lambda: sleep_and_commit([row()])):
+        assert waited() < LOOK_SECONDS
+    refresh_once(engine)
+    with engine.connect() as waker:
+        insert(waker, [row()])  # it would wake the sensor, at its commit
+        with running(lambda: sleep_and_commit([row()])):
+            assert waited() < 2 * LOOK_SECONDS
+        waker.rollback()
 
 
 def _refresh_and_be_killed(engine: sa.Engine, begun: Connection) -> None:

@@ -10,6 +10,16 @@ CREATE OR REPLACE FUNCTION flywheel_lock_refresh() RETURNS void LANGUAGE sql AS 
 $$;
 COMMENT ON FUNCTION flywheel_lock_refresh() IS 'One refresh at a time. Twin of aggregates.refresh.REFRESH_LOCK';
 
+-- One waker at a time: commits with a NOTIFY in them wait for each other, database-wide (8 writers: 40,000 rows/s with one
+-- in each, 65,000 without). Who finds another at it leaves it to him; should he come last after all, the sensor looks by
+-- itself every two seconds.
+CREATE OR REPLACE FUNCTION flywheel_wake() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF pg_try_advisory_xact_lock(7380407443113377794) THEN
+    PERFORM pg_notify('flywheel_telemetry', '');
+  END IF;
+END $$;
+
 -- Two kinds of days can never be counted: those whose figures were sealed when their telemetry was purged, and those
 -- beyond what a date of a neighbouring day can name. The writer is told; the intake parks such rows with the reason.
 CREATE OR REPLACE FUNCTION flywheel_refuse_days(days date[]) RETURNS void LANGUAGE plpgsql
@@ -41,7 +51,7 @@ BEGIN
   )
   SELECT array_agg(DISTINCT day) INTO days FROM touched;
   PERFORM flywheel_refuse_days(days);
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
 
@@ -49,7 +59,7 @@ CREATE OR REPLACE FUNCTION flywheel_touch_deleted() RETURNS trigger LANGUAGE plp
 SET search_path = public, pg_temp AS $$
 BEGIN
   INSERT INTO touched_cells (site_id, day) SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM old_rows;
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
 
@@ -77,7 +87,7 @@ BEGIN
     WHERE a.value IS DISTINCT FROM b.value
   ) d
   WHERE d.before IS NOT NULL;
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
 
@@ -102,7 +112,7 @@ BEGIN
   INSERT INTO touched_cells (site_id, day)
   SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM execution_telemetry;
   GET DIAGNOSTICS cells = ROW_COUNT;
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN cells;
 END $$;
 
@@ -117,7 +127,7 @@ BEGIN
   END IF;
   INSERT INTO touched_cells (site_id, day)
   SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM execution_telemetry;
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
 
@@ -187,7 +197,7 @@ BEGIN
     IF TG_OP <> 'INSERT' AND OLD.enabled THEN PERFORM flywheel_touch_class_rule(OLD); END IF;
     IF TG_OP <> 'DELETE' AND NEW.enabled THEN PERFORM flywheel_touch_class_rule(NEW); END IF;
   END IF;
-  PERFORM pg_notify('flywheel_telemetry', '');
+  PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
 
