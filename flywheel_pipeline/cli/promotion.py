@@ -9,12 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import typer.core
 from rich.markup import escape
 
 from flywheel_pipeline.cli.terminal import open_database, out, percent, print_json, print_table, progress
 from flywheel_pipeline.errors import FlywheelError, UsageError
 
-certificate = typer.Typer(help="What a promotion rests on, to be recomputed by anybody.", no_args_is_help=True)
+
+class _ExportByDefault(typer.core.TyperGroup):
+    """`flywheel certificate RULE` is `flywheel certificate export RULE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `export` before a first word that is no command of the group."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+certificate = typer.Typer(
+    help="What a promotion rests on, to be recomputed by anybody: `flywheel certificate RULE --out FILE` exports it.",
+    no_args_is_help=True,
+    cls=_ExportByDefault,
+)
 policy = typer.Typer(help="Promotion policies: versioned, hashed, one in force.", no_args_is_help=True)
 JSON = typer.Option(False, "--json", help="Print one JSON document.")
 MARKS = {"pass": "[green]✓[/]", "fail": "[red]✗[/]", "inconclusive": "[yellow]…[/]"}

@@ -126,7 +126,7 @@ def test_a_certificate_is_exported_and_recomputed_without_a_database(
     flywheel: Flywheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "certificate.json"
-    assert flywheel("certificate", "export", PROMOTED, "--out", file).code == 0
+    assert flywheel("certificate", PROMOTED, "--out", file).code == 0
     monkeypatch.setenv("FLYWHEEL_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
     assert flywheel("certificate", "verify", file).code == 0
     assert flywheel("certificate", "verify", file, "--json").json == {"valid": True, "problems": []}
