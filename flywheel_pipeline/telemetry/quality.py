@@ -13,21 +13,23 @@ FRESH_WITHIN = dt.timedelta(hours=24)
 SILENT_AFTER = dt.timedelta(hours=24)
 
 
+def _violations(connection: sa.Connection, where: str, **values: object) -> tuple[list[dict[str, object]], int]:
+    """Return the newest 20 rows of `telemetry_violations` that meet a condition, and how many meet it in all."""
+    rows = connection.execute(
+        sa.text(
+            "SELECT site_id, day, execution_id, problem, sentence, count(*) OVER () AS offenders "  # noqa: S608 (constants)
+            f"FROM telemetry_violations WHERE {where} ORDER BY created_at DESC, execution_id LIMIT 20"
+        ),
+        values,
+    ).mappings()
+    found = [dict(row) for row in rows]
+    counts = [int(row.pop("offenders")) for row in found]
+    return found, counts[0] if counts else 0
+
+
 def telemetry_contract(connection: sa.Connection, now: dt.datetime) -> Finding:
     """No row that arrived in the last 7 days breaks the contract (clock skew is a question of its own)."""
-    rows = (
-        connection.execute(
-            sa.text(
-                "SELECT site_id, day, execution_id, problem, sentence, count(*) OVER () AS offenders "
-                "FROM telemetry_violations WHERE problem <> 'skewed_clock' AND created_at >= :since "
-                "ORDER BY created_at DESC, execution_id LIMIT 20"
-            ),
-            {"since": now - RECENT},
-        )
-        .mappings()
-        .all()
-    )
-    offenders = int(rows[0]["offenders"]) if rows else 0
+    rows, offenders = _violations(connection, "problem <> 'skewed_clock' AND created_at >= :since", since=now - RECENT)
     return Finding(
         passed=not rows,
         sentence="All recent telemetry keeps the contract."
@@ -36,24 +38,14 @@ def telemetry_contract(connection: sa.Connection, now: dt.datetime) -> Finding:
         observed=f"{offenders} rows",
         required="0 rows",
         offenders=offenders,
-        sample=[{k: v for k, v in row.items() if k != "offenders"} for row in rows],
+        sample=rows,
         figures={"offenders": offenders},
     )
 
 
 def no_skewed_clocks(connection: sa.Connection) -> Finding:
     """No row is dated after its arrival or two years before it; such rows are listed here and counted nowhere else."""
-    rows = (
-        connection.execute(
-            sa.text(
-                "SELECT site_id, execution_id, sentence, count(*) OVER () AS offenders FROM telemetry_violations "
-                "WHERE problem = 'skewed_clock' ORDER BY created_at DESC, execution_id LIMIT 20"
-            )
-        )
-        .mappings()
-        .all()
-    )
-    offenders = int(rows[0]["offenders"]) if rows else 0
+    rows, offenders = _violations(connection, "problem = 'skewed_clock'")
     return Finding(
         passed=not rows,
         sentence="Every row has a credible event time."
@@ -62,7 +54,7 @@ def no_skewed_clocks(connection: sa.Connection) -> Finding:
         observed=f"{offenders} rows",
         required="0 rows",
         offenders=offenders,
-        sample=[{k: v for k, v in row.items() if k != "offenders"} for row in rows],
+        sample=rows,
         figures={"offenders": offenders},
     )
 

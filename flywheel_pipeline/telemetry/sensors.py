@@ -11,6 +11,7 @@ import dagster as dg
 import psycopg
 import sqlalchemy as sa
 
+from flywheel_pipeline.aggregates.refresh import pending_cells
 from flywheel_pipeline.database.resource import FlywheelDatabase
 
 WAIT_SECONDS = 20.0
@@ -25,27 +26,22 @@ UNFINISHED = [
 ]
 
 
-def waiting_cells(engine: sa.Engine) -> int:
-    """Count the distinct site-days in the outbox."""
-    with engine.connect() as connection:
-        return int(
-            connection.execute(
-                sa.text("SELECT count(*) FROM (SELECT DISTINCT site_id, day FROM touched_cells) AS c")
-            ).scalar_one()
-        )
-
-
-def waiting_acts(engine: sa.Engine) -> int:
+def waiting_acts(connection: sa.Connection) -> int:
     """Count the approvals and thaws that no batch has decided with yet."""
+    return int(
+        connection.execute(
+            sa.text(
+                "SELECT count(*) FROM human_acts WHERE act IN ('approve', 'thaw') AND acted_at > "
+                "coalesce((SELECT max(opened_at) FROM refresh_batches WHERE refreshed_at IS NOT NULL), '-infinity')"
+            )
+        ).scalar_one()
+    )
+
+
+def waiting_work(engine: sa.Engine) -> tuple[int, int]:
+    """Return (site-days in the outbox, human acts that no batch has decided with yet)."""
     with engine.connect() as connection:
-        return int(
-            connection.execute(
-                sa.text(
-                    "SELECT count(*) FROM human_acts WHERE act IN ('approve', 'thaw') AND acted_at > "
-                    "coalesce((SELECT max(opened_at) FROM refresh_batches WHERE refreshed_at IS NOT NULL), '-infinity')"
-                )
-            ).scalar_one()
-        )
+        return pending_cells(connection), waiting_acts(connection)
 
 
 def wait_for_work(engine: sa.Engine, seconds: float) -> tuple[int, int]:
@@ -56,7 +52,7 @@ def wait_for_work(engine: sa.Engine, seconds: float) -> tuple[int, int]:
         listener.execute("LISTEN flywheel_telemetry")
         while True:
             # Asked after LISTEN, so that a commit between the two cannot be missed.
-            cells, acts = waiting_cells(engine), waiting_acts(engine)
+            cells, acts = waiting_work(engine)
             left = deadline - time.monotonic()
             if cells or acts or left <= 0:
                 return cells, acts
@@ -86,7 +82,7 @@ def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg
         while unfinished := busy():
             if time.monotonic() >= deadline:
                 return dg.SkipReason(
-                    f"{unfinished} unfinished run of {job_name}; {waiting_cells(database.engine)} site-days wait for it."
+                    f"{unfinished} unfinished run of {job_name}; {waiting_work(database.engine)[0]} site-days wait for it."
                 )
             time.sleep(0.25)
         cells, acts = wait_for_work(database.engine, max(deadline - time.monotonic(), 0.0))
