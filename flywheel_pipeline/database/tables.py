@@ -263,6 +263,8 @@ appliances = sa.Table(
     sa.Column("status", sa.String(50), nullable=False, server_default="online", comment="online | offline | retired"),
     sa.Column("capabilities", pg.JSONB, comment="action forms the agent reports; null: decided by its version"),
     sa.Column("created_at", Stamp, nullable=False, server_default=NOW),
+    sa.Column("reported_manifest_hash", sa.String(64), comment="hash of the rule set the agent says it runs"),
+    sa.Column("state_reported_at", Stamp, comment="when the agent last reported its state; null: never"),
     sa.Index("appliances_site_id_idx", "site_id"),
 )
 
@@ -532,7 +534,37 @@ rule_manifests = sa.Table(
     sa.Column("rule_count", sa.Integer, nullable=False),
     sa.Column("batch_id", sa.BigInteger, nullable=False),
     sa.Column("built_at", Stamp, nullable=False, server_default=NOW),
+    sa.Column(
+        "tombstones",
+        pg.JSONB,
+        nullable=False,
+        server_default=sa.text("'[]'::jsonb"),
+        comment="promoted rules it was told of and must drop: {rule_id, version, reason, since}",
+    ),
     comment="Desired state: one row per appliance.",
+)
+
+appliance_tokens = sa.Table(
+    "appliance_tokens",
+    metadata,
+    sa.Column("token_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("appliance_id", sa.String(255), nullable=False),
+    sa.Column("site_id", sa.String(255), nullable=False, comment="the only site it may read and report for"),
+    sa.Column("token_hash", sa.String(64), nullable=False, unique=True, comment="sha256 of the token, hex"),
+    sa.Column("issued_at", Stamp, nullable=False, server_default=NOW),
+    sa.Column("issued_by", sa.String(255), nullable=False),
+    sa.Column("reason", Text, nullable=False),
+    sa.Column("expires_at", Stamp, comment="null: until revoked"),
+    sa.Column("revoked_at", Stamp),
+    sa.Column("revoked_by", sa.String(255)),
+    sa.Column("revoked_reason", Text),
+    sa.Index("appliance_tokens_appliance_id_idx", "appliance_id"),
+    sa.CheckConstraint("btrim(issued_by) <> '' AND btrim(reason) <> ''", name="signed"),
+    sa.CheckConstraint(
+        "(revoked_at IS NULL) = (revoked_by IS NULL) AND (revoked_at IS NULL) = (revoked_reason IS NULL)",
+        name="revoked",
+    ),
+    comment="Bearer tokens of appliances, hashed; one that was issued is never deleted, only revoked.",
 )
 
 # --------------------------------------------------------------------------------------------------
