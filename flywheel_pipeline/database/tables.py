@@ -514,7 +514,11 @@ rule_events = sa.Table(
     sa.Column("run_id", sa.String(255)),
     sa.Column("certificate", pg.JSONB),
     sa.Column("occurred_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
-    sa.Column("rollout_step", sa.Integer, comment="step within canary or ring, 1 or 2; null: no step, or before there were any"),
+    sa.Column(
+        "rollout_step",
+        sa.Integer,
+        comment="step within canary or ring, 1 or 2; null: no step, or before there were any",
+    ),
     sa.ForeignKeyConstraint(["decision_id"], ["promotion_decisions.decision_id"]),
     sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
     sa.Index("rule_events_rule_id_idx", "rule_id", "event_id"),
@@ -570,7 +574,9 @@ cusum_checkpoints = sa.Table(
     sa.Column("rule_version", sa.Integer, primary_key=True),
     sa.Column("scope_kind", sa.String(20), primary_key=True),
     sa.Column("scope_value", sa.String(255), primary_key=True),
-    sa.Column("until", Stamp, nullable=False, comment="episodes that began before it are in these figures; one for a rule"),
+    sa.Column(
+        "until", Stamp, nullable=False, comment="episodes that began before it are in these figures; one for a rule"
+    ),
     sa.Column("episodes", sa.BigInteger, nullable=False),
     sa.Column("failures", sa.BigInteger, nullable=False),
     sa.Column("w", sa.Double, nullable=False),

@@ -185,7 +185,7 @@ BEGIN
        OR (decision.subject_kind = 'rule' AND decision.subject_id IS DISTINCT FROM NEW.rule_id) THEN
       RAISE EXCEPTION 'rule %: no decision of batch % promotes it', NEW.rule_id, NEW.batch_id;
     END IF;
-    IF (decision.evidence ? 'step' AND decision.evidence -> 'step' IS DISTINCT FROM to_jsonb(rule.rollout_step))
+    IF (decision.evidence ? 'step' AND (decision.evidence ->> 'step')::int IS DISTINCT FROM rule.rollout_step)
        OR (NEW.kind = 'widened' AND NOT coalesce(decision.evidence ? 'step', false))
        OR (NEW.from_state = 'proposed' AND (NEW.kind = 'promoted') IS DISTINCT FROM (decision.verdict = 'promote'))
        OR (decision.subject_kind = 'pattern' AND coalesce(nullif(decision.evidence ->> 'stage', 'none'), 'proposed') IS DISTINCT FROM NEW.from_state) THEN

@@ -71,9 +71,7 @@ def upgrade() -> None:
             nullable=True,
             comment="of the rule, set by the database: copies of the rule share it",
         ),
-        sa.Column(
-            "content_hash", sa.String(length=64), nullable=False, comment="of the rule, set by the database"
-        ),
+        sa.Column("content_hash", sa.String(length=64), nullable=False, comment="of the rule, set by the database"),
         sa.Column("kind", sa.String(length=20), nullable=False),
         sa.Column("scope_kind", sa.String(length=20), nullable=False),
         sa.Column("scope_value", sa.String(length=255), nullable=False, comment="a site id, or an agent version"),
