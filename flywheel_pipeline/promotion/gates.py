@@ -378,7 +378,7 @@ def present_step(e: PatternEvidence) -> int:
     return e.step if e.step is not None else STEPS if e.stage == "canary" else 1
 
 
-def _target(e: PatternEvidence, policy: Policy) -> str | None:
+def next_stage(e: PatternEvidence, policy: Policy) -> str | None:
     """Return the stage of the next step: in canary and ring the same stage once more, before the next one."""
     if policy.rollout is not None and e.stage in ("canary", "ring") and present_step(e) < STEPS:
         return e.stage
@@ -568,7 +568,7 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
         `promote` (threshold) or `advance` (sequential) with the target state if every gate passes; `reject` if the
         evidence itself speaks against it; `expired` if it stayed inconclusive too long; else `hold`.
     """
-    target = _target(evidence, policy)
+    target = next_stage(evidence, policy)
     gates = [] if target else [_no_next_stage(evidence)]
     if policy.kind == "threshold":
         if evidence.stage in ("none", "proposed"):

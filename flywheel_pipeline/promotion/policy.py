@@ -239,11 +239,11 @@ class Policy(_Strict):
             gates.append(self.high_risk)
         return StageGate(floor=max(g.floor for g in gates), alpha=min(g.alpha for g in gates))
 
-    def success_floor(self, incident_type: str, stage: str) -> tuple[float, int]:
-        """Return (floor, least executions) that a promotion out of `stage` must show in a recount from the log."""
+    def success_floor(self, incident_type: str, stage: str, *, widening: bool = False) -> tuple[float, int]:
+        """Return (floor, least executions) that a step out of `stage`, or within it, must show in a recount from the log."""
         if self.threshold is not None:
             return self.threshold.min_success_rate, self.threshold.min_occurrences
-        entering = {"shadow": "canary", "canary": "ring", "ring": "fleet"}.get(stage)
+        entering = stage if widening else {"shadow": "canary", "canary": "ring", "ring": "fleet"}.get(stage)
         if entering is None:
             return 0.0, 0
         return self.stage_gate(entering, incident_type).floor, 1

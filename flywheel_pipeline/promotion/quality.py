@@ -8,6 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.promotion.certificate import evidence_of
+from flywheel_pipeline.promotion.gates import next_stage
 from flywheel_pipeline.promotion.ledger import fold
 from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.quality import Finding
@@ -95,7 +97,9 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
     offenders: list[dict[str, Any]] = []
     lowest: float | None = None
     for row in decisions:
-        floor, least = policy.success_floor(row.evidence["incident_type"], row.evidence["stage"])
+        present = evidence_of(row.evidence)
+        widening = policy.kind == "sequential" and next_stage(present, policy) == present.stage
+        floor, least = policy.success_floor(present.incident_type, present.stage, widening=widening)
         sites = row.evidence["sites"]
         own_stage = policy.kind == "sequential" and row.evidence["stage"] in ("canary", "ring")
         short = False
