@@ -22,7 +22,8 @@ in event order, whatever the cadence at which anybody looks, and the smallest sc
 
 The two would disturb each other, so a larger scope holds its fire while one smaller scope carries its alarm: without
 that scope, which has reached the limit to warn itself, W of the larger one lies below `calm` (one late failure at most
-that successes have not outweighed). The smaller one then alarms within a few episodes or recovers. And a scope counts
+that successes have not outweighed). The smaller one then alarms within a few episodes or recovers. Where a cohort and
+the fleet alarm at once and the other releases are not calm, it is the fleet. And a scope counts
 as smaller only if the rest is known: with fewer than `rest_episodes` elsewhere (a canary at one site, a fleet with one
 release) nothing says that the rest is better, and the rule leaves service: fail closed. Where many sites break one by
 one the last clause holds: at least `min_sites` sites and `site_share` of those that ran the rule, and all of it goes.
@@ -205,9 +206,11 @@ def _first_alarm(walked: Sequence[RatedEpisode], c: Cusum) -> ScopeAlarm | None:
             return alarm("fleet", FLEET, site, f"at {e.site_id}, and hardly any elsewhere,")
         mine = [x for x in seen if x.agent_version == e.agent_version] if cohort.w >= c.quarantine_at else []
         if mine and not _carried(mine, {s: sites[s].w for s in site_cohort[e.agent_version]}, "site_id", c):
-            _, rest = _w_of(seen, lambda x, a=e.agent_version: x.agent_version != a, c)  # type: ignore[misc]
-            if rest >= c.rest_episodes:
+            rest_w, rest = _w_of(seen, lambda x, a=e.agent_version: x.agent_version != a, c)  # type: ignore[misc]
+            if rest >= c.rest_episodes and (rest_w < c.calm or fleet.w < c.quarantine_at):
                 return alarm("agent_version", e.agent_version, cohort, f"on agents {e.agent_version}")
+            if rest >= c.rest_episodes:
+                return alarm("fleet", FLEET, fleet, "over the fleet")
             return alarm("fleet", FLEET, cohort, f"on agents {e.agent_version}, and hardly any on others,")
         if (
             fleet.w >= c.quarantine_at

@@ -254,7 +254,8 @@ def replay_history(
                 continue
             if decision.target_state == "canary" and canary_since[i] is None:
                 canary_since[i] = now
-            steps[i] = (2 if stages[i] == decision.target_state else 1) if policy.rollout is not None else None
+            stepped = policy.rollout is not None and decision.target_state in ("canary", "ring")
+            steps[i] = (2 if stages[i] == decision.target_state else 1) if stepped else None
             stages[i], entered[i] = decision.target_state, now
             counted = sum(s.successes + s.failures for s in tallies[i].sites())
             moves[i].append(Move(now, decision.target_state, counted, decision.reason, steps[i]))

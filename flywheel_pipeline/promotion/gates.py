@@ -709,7 +709,7 @@ def _carrier(evidence: RuleEvidence, policy: Policy) -> str | None:
     """Return the one site or release without which no episode speaks against the rule, where the rest is known.
 
     The CUSUM of that scope answers for it: one dead site must not take the rule from all the others. The heuristic of
-    `health/cusum.py`, on counts: E against of the rest is at most 1.
+    `health/cusum.py`, on counts: log E against of the rest lies below `calm`.
     """
     d = policy.demotion
     for scope in evidence.scopes:
@@ -721,7 +721,7 @@ def _carrier(evidence: RuleEvidence, policy: Policy) -> str | None:
             failures >= 0
             and successes >= 0
             and failures + successes >= d.cusum.rest_episodes
-            and evalue.log_e_reject(successes, failures, d.floor) <= 0.0
+            and evalue.log_e_reject(successes, failures, d.floor) < d.cusum.calm
         ):
             return scope.value if scope.kind == "site" else f"agents {scope.value}"
     return None
