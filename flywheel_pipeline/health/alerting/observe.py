@@ -84,7 +84,9 @@ def observe_checks(
     now = dt.datetime.now(dt.UTC)
     gone = set(positions) - {check_key(k.asset_key.to_user_string(), k.name) for k in keys}
     found += [
-        Observation(key, "check", "pass", "info", now, _check_title(key), "The graph no longer has this check.", level=True)
+        Observation(
+            key, "check", "pass", "info", now, _check_title(key), "The graph no longer has this check.", level=True
+        )
         for key in sorted(gone)
     ]
     return found
@@ -118,7 +120,10 @@ def _of_check(record: AssetCheckExecutionRecord, key: str, statement: str, runs:
             _time(run.end_time),
             title,
             f"It could not be evaluated: {message}",
-            details={**details, "advice": "whatever it guards is not known to hold: repair the step and run the graph again"},
+            details={
+                **details,
+                "advice": "whatever it guards is not known to hold: repair the step and run the graph again",
+            },
         )
     evaluation = record.evaluation
     if evaluation is None or record.event is None:
@@ -195,9 +200,7 @@ class _Runs:
         return self._steps[run_id]
 
 
-def observe_runs(
-    connection: sa.Connection, instance: dg.DagsterInstance, jobs: Iterable[str]
-) -> list[Observation]:
+def observe_runs(connection: sa.Connection, instance: dg.DagsterInstance, jobs: Iterable[str]) -> list[Observation]:
     """Return how the runs of these jobs ended since the last look; at the first look the latest of each job.
 
     A run that only a failed gate stopped did what it must: the gate's check alerts, the run does not.
@@ -259,9 +262,7 @@ def observe_daemon(
         return daemon_down(f"The Dagster daemon never reported ({missing}).", now)
     oldest = max(ages.values())
     if oldest > stale_after_seconds:
-        return daemon_down(
-            f"The Dagster daemon last reported {oldest / 60:.0f} min ago; it reports every 30 s.", now
-        )
+        return daemon_down(f"The Dagster daemon last reported {oldest / 60:.0f} min ago; it reports every 30 s.", now)
     return Observation(
         DAEMON_KEY, "daemon", "pass", "critical", _time(now), "Dagster daemon", "The daemon reports again.", level=True
     )
@@ -323,9 +324,7 @@ def observe_quarantines(connection: sa.Connection, now: dt.datetime) -> Iterator
         )
 
 
-def observe_candidates(
-    connection: sa.Connection, stuck_after_days: float, now: dt.datetime
-) -> Iterator[Observation]:
+def observe_candidates(connection: sa.Connection, stuck_after_days: float, now: dt.datetime) -> Iterator[Observation]:
     """Yield the patterns that wait undecided or held for longer than `stuck_after_days`, and those that no longer do.
 
     Counted from when Flywheel first knew the pattern, and only while it is seen: one that was not observed for as long
@@ -368,7 +367,11 @@ def observe_candidates(
             details={
                 "asset": "promotion_decisions",
                 "explain": row.pattern_key,
-                **({"advice": "`flywheel approve` or `flywheel reject` it, or bring what its gate asks for"} if row.stuck else {}),
+                **(
+                    {"advice": "`flywheel approve` or `flywheel reject` it, or bring what its gate asks for"}
+                    if row.stuck
+                    else {}
+                ),
             },
         )
 

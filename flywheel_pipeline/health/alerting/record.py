@@ -218,9 +218,7 @@ def escalate(connection: sa.Connection, alerting: Alerting, now: dt.datetime) ->
             details={**row["details"], "open_since": row["first_at"].isoformat()},
         )
         event = _write_event(connection, seen, "escalated", seen.severity)
-        connection.execute(
-            sa.update(alerts).where(alerts.c.alert_key == row["alert_key"]).values(escalated_at=now)
-        )
+        connection.execute(sa.update(alerts).where(alerts.c.alert_key == row["alert_key"]).values(escalated_at=now))
         if event is not None:
             _notify(connection, event, alerting.escalating(), alerting.not_before(seen.severity, now), now)
     return len(due)
