@@ -19,7 +19,7 @@ from test_daemon import INSERT, free_port, processes_of
 sys.path.insert(0, str(Path(__file__).parents[1] / "health"))
 from receiver import Receiver
 
-pytestmark = [pytest.mark.daemon, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.daemon, pytest.mark.timeout(300)]
 
 CHECK = "no_open_rejects on telemetry_violations"
 REJECT = (
@@ -41,7 +41,6 @@ def test_a_flip_is_told_within_a_minute_once_its_recovery_once_and_the_death_of_
             "FLYWHEEL_DATABASE_URL": url,
             "FLYWHEEL_ALERT_URLS": f"team={receiver.url}",
         }
-        # Not under the environment marker of its children: `processes_of` finds those.
         up = subprocess.Popen(
             [str(Path(sys.executable).with_name("flywheel")), "up", "--port", str(port)],
             env=environment,
@@ -54,7 +53,7 @@ def test_a_flip_is_told_within_a_minute_once_its_recovery_once_and_the_death_of_
             deadline = time.monotonic() + seconds
             while not question():
                 if time.monotonic() > deadline or up.poll() is not None:
-                    up.kill()
+                    up.terminate()  # a kill would leave its children behind
                     logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in (home / "logs").glob("*.log"))
                     pytest.fail(f"{what} did not happen: {up.communicate()}\n{receiver.text}\n{logs}")
                 time.sleep(0.2)
@@ -81,7 +80,7 @@ def test_a_flip_is_told_within_a_minute_once_its_recovery_once_and_the_death_of_
             operator.execute("INSERT INTO sites (site_id) VALUES ('clinic-north')")
             operator.execute(REJECT)
             report("exec-1")
-            wait_for("the failing check", lambda: evaluated(passed=False) is not None, 120)
+            wait_for("the failing check", lambda: evaluated(passed=False) is not None, 150)
             failed = evaluated(passed=False)
             wait_for("the alert", lambda: CHECK in receiver.text, 60)
             assert failed is not None
@@ -113,8 +112,7 @@ def test_a_flip_is_told_within_a_minute_once_its_recovery_once_and_the_death_of_
 
             (daemon,) = [pid for pid, line in processes_of(home).items() if "dagster._daemon" in line and "run" in line]
             os.kill(daemon, signal.SIGKILL)
-            wait_for_end = up.wait(60)
-            assert wait_for_end == 1
+            assert up.wait(60) == 1
             assert "FAILS (critical): Dagster daemon" in receiver.bodies[-1]
             assert "The daemon's process ended by itself." in receiver.bodies[-1].replace("ʼ", "'")
         finally:
