@@ -24,7 +24,7 @@ class Check:
     """One check: the asset it speaks of, its name as a statement, and how to answer it.
 
     `gate`: its verdict is required for promotion, and it blocks what is downstream in the run.
-    `warn`: a failure is a warning.
+    `warn`: a failure is a warning, unless the finding says how severe it is.
     """
 
     asset: str
@@ -48,11 +48,14 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
     }
     if finding.sample:
         metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample, longest_cell=LONGEST_CELL))
+    for name, path in finding.paths.items():
+        metadata[name] = dg.MetadataValue.path(path)
+    warn = check.warn if finding.severe is None else not finding.severe
     return dg.AssetCheckResult(
         passed=bool(finding.passed),
         asset_key=check.asset,
         check_name=check.name,
-        severity=dg.AssetCheckSeverity.WARN if check.warn else dg.AssetCheckSeverity.ERROR,
+        severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
         # The page renders this as markdown, which would swallow masks such as <hex>.
         description=finding.sentence.replace("<", "‹").replace(">", "›"),
         metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},

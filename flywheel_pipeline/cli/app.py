@@ -11,7 +11,7 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import acts, adopt, database, docs, pipeline, promotion, telemetry
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -47,6 +47,7 @@ promotion.register(app)
 acts.register(app)
 adopt.register(app)
 app.add_typer(database.app, name="db")
+app.add_typer(docs.app, name="docs")
 
 
 def main() -> None:
