@@ -17,6 +17,7 @@ import dagster as dg
 from flywheel_pipeline.aggregates.assets import build_backfill_asset, build_refresh_asset
 from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG, aggregates_checks
 from flywheel_pipeline.candidates.assets import patterns
+from flywheel_pipeline.candidates.checks import candidates_checks
 from flywheel_pipeline.contracts.defs import (
     CONTRACT_CHECKS,
     build_contracts_job,
@@ -36,7 +37,7 @@ from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
 from flywheel_pipeline.promotion.jobs import human_jobs
 from flywheel_pipeline.sql_models.loader import load_models
 from flywheel_pipeline.telemetry.assets import external_tables
-from flywheel_pipeline.telemetry.checks import telemetry_checks
+from flywheel_pipeline.telemetry.checks import NIGHTLY_CHECKS, telemetry_checks, telemetry_nightly_checks
 from flywheel_pipeline.telemetry.sensors import build_telemetry_sensor
 
 PIPELINE_JOB = "pipeline"
@@ -53,6 +54,8 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     backfill = build_backfill_asset(graph)
     checks = [
         telemetry_checks,
+        telemetry_nightly_checks,
+        candidates_checks,
         *contract_steps,
         aggregates_checks,
         promotion_gates,
@@ -64,7 +67,9 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
     pipeline = dg.define_asset_job(
         PIPELINE_JOB,
-        selection=everything - dg.AssetSelection.checks(*CONTRACT_CHECKS) - dg.AssetSelection.assets(policy_backtest),
+        selection=everything
+        - dg.AssetSelection.checks(*CONTRACT_CHECKS, *NIGHTLY_CHECKS)
+        - dg.AssetSelection.assets(policy_backtest),
         description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
         executor_def=dg.in_process_executor,
     )

@@ -3,6 +3,7 @@
 Belongs here: the conversion and the recording of gate verdicts. Does not belong here: any question.
 """
 
+import datetime as dt
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -104,5 +105,15 @@ def reading(question: Callable[[sa.Connection], Finding]) -> Question:
     def ask(engine: sa.Engine, _batch: Batch, _tags: Mapping[str, str]) -> Finding:
         with engine.connect() as connection:
             return question(connection)
+
+    return ask
+
+
+def at_batch(question: Callable[[sa.Connection, dt.datetime], Finding]) -> Question:
+    """Adapt a question that needs a connection and the clock of the batch."""
+
+    def ask(engine: sa.Engine, batch: Batch, _tags: Mapping[str, str]) -> Finding:
+        with engine.connect() as connection:
+            return question(connection, batch.now)
 
     return ask

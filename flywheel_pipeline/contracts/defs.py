@@ -4,14 +4,13 @@ Belongs here: the glue. Does not belong here: expectations and Great Expectation
 path: judging costs seconds, and `telemetry_violations` asks the essentials of every touched row there.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 from collections.abc import Mapping
 from dataclasses import replace
 
 import dagster as dg
 import sqlalchemy as sa
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from flywheel_pipeline.aggregates.batches import Batch
 from flywheel_pipeline.checks import Check, Question, check_step
@@ -57,7 +56,7 @@ contract_steps = [
 ]
 
 
-def build_contracts_job() -> dg.UnresolvedAssetJobDefinition:
+def build_contracts_job() -> UnresolvedAssetJobDefinition:
     """Build the job `contracts`: the four suites, whenever somebody asks."""
     return dg.define_asset_job(
         CONTRACTS_JOB,
