@@ -8,6 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from flywheel_pipeline.aggregates.last_match import last_matches
 from flywheel_pipeline.quality import Finding
 
 EXECUTED_WITHIN = dt.timedelta(days=3)
@@ -87,18 +88,16 @@ def promoted_rules_are_received(connection: sa.Connection) -> Finding:
     )
 
 
-# Executed anywhere, on an appliance that the deployments know or not; only for the others is their delivery looked up.
-_NEVER_EXECUTED = """
+_IN_SERVICE = """
 WITH service AS (
   SELECT rule_id, rule_version, min(occurred_at) AS since
   FROM rule_events
   WHERE flywheel_state_is_enabled(to_state)
   GROUP BY rule_id, rule_version
 )
-SELECT r.rule_id, r.rule_version, r.state, v.since, s.last_at IS NULL OR s.last_at < v.since AS never
+SELECT r.rule_id, r.rule_version, v.since
 FROM l1_rules AS r
 JOIN service AS v ON v.rule_id = r.rule_id AND v.rule_version = r.rule_version
-JOIN rule_scorecard AS s ON s.rule_id = r.rule_id
 WHERE r.enabled AND r.source = 'promoted' AND v.since <= :before
 ORDER BY v.since, r.rule_id
 """
@@ -115,8 +114,10 @@ _STUCK = {
 
 def promoted_rules_are_executed(connection: sa.Connection, now: dt.datetime) -> Finding:
     """Every promoted rule was executed somewhere within 3 days of entering service, or where its delivery stopped."""
-    rows = connection.execute(sa.text(_NEVER_EXECUTED), {"before": now - EXECUTED_WITHIN}).all()
-    never = [row for row in rows if row.never]
+    rows = connection.execute(sa.text(_IN_SERVICE), {"before": now - EXECUTED_WITHIN}).all()
+    # Anywhere, on an appliance that the deployments know or not; only for the others is their delivery looked up.
+    last = last_matches(connection, [row.rule_id for row in rows])
+    never = [row for row in rows if row.rule_id not in last or last[row.rule_id] < row.since]
     states: dict[tuple[str, int], Counter[str]] = {(row.rule_id, row.rule_version): Counter() for row in never}
     if never:
         for row in connection.execute(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from flywheel_pipeline.aggregates.last_match import last_matches
 from flywheel_pipeline.promotion.decide import incident_types
 from flywheel_pipeline.quality import Finding
 
@@ -37,12 +38,11 @@ def rules_in_service_match(connection: sa.Connection, now: dt.datetime) -> Findi
               WHERE flywheel_state_is_enabled(to_state) AND NOT flywheel_state_is_enabled(from_state)
               GROUP BY rule_id
             )
-            SELECT s.rule_id, s.source, s.state, v.since, s.last_at, r.incident_pattern, s.platform
-            FROM rule_scorecard AS s
-            JOIN l1_rules AS r ON r.rule_id = s.rule_id
-            JOIN service AS v ON v.rule_id = s.rule_id
-            WHERE s.enabled AND v.since <= :before
-            ORDER BY v.since, s.rule_id
+            SELECT r.rule_id, r.source, v.since, r.incident_pattern, r.platform
+            FROM l1_rules AS r
+            JOIN service AS v ON v.rule_id = r.rule_id
+            WHERE r.enabled AND v.since <= :before
+            ORDER BY v.since, r.rule_id
             """
         ),
         {"before": now - DORMANT_AFTER},
@@ -62,7 +62,8 @@ def rules_in_service_match(connection: sa.Connection, now: dt.datetime) -> Findi
             required=required,
             figures=figures,
         )
-    silent = [row for row in rows if row.last_at is None or row.last_at < now - DORMANT_AFTER]
+    last = last_matches(connection, [row.rule_id for row in rows])
+    silent = [row for row in rows if row.rule_id not in last or last[row.rule_id] < now - DORMANT_AFTER]
     occurred = {
         (row.incident_type, row.platform): int(row.executions)
         for row in connection.execute(
@@ -85,7 +86,7 @@ def rules_in_service_match(connection: sa.Connection, now: dt.datetime) -> Findi
                 "source": row.source,
                 "matches": ", ".join(types) or "nothing it names",
                 "in service since": row.since,
-                "last match": row.last_at or "never",
+                "last match": last.get(row.rule_id, "never"),
                 "healed by L2 instead": by_l2,
             }
         )

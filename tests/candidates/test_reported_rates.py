@@ -22,8 +22,9 @@ def imported(conn: sa.Connection, incident_type: str, reported: int, successes: 
     conn.execute(
         sa.text(
             "INSERT INTO patterns (pattern_id, pattern_signature, incident_type, runbook_id, platform, pattern_key, "
-            "occurrences, success_count, status) VALUES (:type, :type, :type, 'RB-WIN-SEC-001', 'windows', "
-            "flywheel_pattern_key(:type, 'RB-WIN-SEC-001', 'windows'), :reported, :successes, 'promoted')"
+            "occurrences, success_count, status) SELECT t, t, t, 'RB-WIN-SEC-001', 'windows', "
+            "flywheel_pattern_key(t, 'RB-WIN-SEC-001', 'windows'), :reported, :successes, 'promoted' "
+            "FROM CAST(:type AS text) AS t"
         ),
         {"type": incident_type, "reported": reported, "successes": successes},
     )
@@ -34,8 +35,8 @@ def observed(conn: sa.Connection, incident_type: str, successes: int, failures: 
         sa.text(
             "INSERT INTO execution_telemetry (execution_id, site_id, runbook_id, hostname, platform, incident_type, "
             "success, verification_passed, resolution_level, started_at) "
-            "SELECT CAST(:type AS text) || n, 's', 'L2-run_windows_runbook:RB-WIN-SEC-001', 'h' || n, 'windows', :type, "
-            "n <= :successes, n <= :successes, 'L2', now() FROM generate_series(1, :executions) AS n"
+            "SELECT t || n, 's', 'L2-run_windows_runbook:RB-WIN-SEC-001', 'h' || n, 'windows', t, "
+            "n <= :successes, n <= :successes, 'L2', now() FROM generate_series(1, :executions) AS n, CAST(:type AS text) AS t"
         ),
         {"type": incident_type, "successes": successes, "executions": successes + failures},
     )

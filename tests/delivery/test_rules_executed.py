@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from fleet_database import NOON, Fleet
 
 from flywheel_pipeline.aggregates.refresh import refresh
-from flywheel_pipeline.delivery.publish import publish
+from flywheel_pipeline.delivery.publish import queue_commands, write_manifests
 from flywheel_pipeline.delivery.quality import promoted_rules_are_executed
 
 RULE = "RB-AUTO-FIREWALL"
@@ -44,20 +44,19 @@ def test_each_rule_is_named_with_the_furthest_stage_of_its_delivery(fleet: Fleet
     fleet.rule(RULE)
     nobody = promoted_rules_are_executed(fleet.conn, later)
     assert (nobody.passed, nobody.sample[0]["furthest"]) == (False, "nobody")
-    publish(fleet.conn, batch_id=fleet.batch())
+    batch = fleet.batch()
+    write_manifests(fleet.conn, batch)
+    queue_commands(fleet.conn, batch)
     queued = promoted_rules_are_executed(fleet.conn, later)
     assert (queued.sample[0]["furthest"], queued.figures["stuck_queued"]) == ("queued", 1)
     assert "the appliances do not check in" in queued.sentence
-    for status, column, stage in (
-        ("delivered", "delivered_at", "delivered"),
-        ("acknowledged", "acknowledged_at", "acknowledged"),
-    ):
+    for stage in ("delivered", "acknowledged"):
         fleet.conn.execute(
             sa.text(
-                f"UPDATE appliance_commands SET status = :status, delivered_at = coalesce(delivered_at, :at), {column} = :at "
+                f"UPDATE appliance_commands SET status = '{stage}', {stage}_at = :at "
                 "WHERE rule_id = :rule AND appliance_id = 'site-a-01'"
             ),
-            {"status": status, "at": NOON, "rule": RULE},
+            {"at": NOON, "rule": RULE},
         )
         finding = promoted_rules_are_executed(fleet.conn, later)
         assert (finding.sample[0]["rule"], finding.sample[0]["furthest"]) == (RULE, stage)

@@ -26,10 +26,9 @@ def conn(engine: sa.Engine) -> Iterator[sa.Connection]:
         transaction.rollback()
 
 
-def report(conn: sa.Connection, name: str, executions: int, *, every: str = "2 days", **fields: Any) -> None:
+def report(conn: sa.Connection, name: str, executions: int, **fields: Any) -> None:
     """Executions on hosts of their own, from NOW back, one host each so that nothing recurs, unless said otherwise."""
     row = {
-        "execution_id": "",
         "site_id": "site-a",
         "runbook_id": RULE,
         "hostname": "",
@@ -43,7 +42,6 @@ def report(conn: sa.Connection, name: str, executions: int, *, every: str = "2 d
     }
     hostname = row.pop("hostname") or None
     at = row.pop("at")
-    row.pop("execution_id")
     columns = ", ".join(row)
     conn.execute(
         sa.text(
@@ -106,6 +104,7 @@ def test_an_old_match_is_no_match_and_chaos_rows_are_none(conn: sa.Connection) -
     promote(conn, "RB-AUTO-OLD", "smb_signing", NOW - dt.timedelta(days=40))
     report(conn, "e", 3)
     report(conn, "x", 5, runbook_id="RB-AUTO-OLD", incident_type="smb_signing", at=NOW - dt.timedelta(days=20))
+    report(conn, "c", 5, runbook_id="RB-AUTO-OLD", incident_type="smb_signing", chaos_campaign_id="c1")
     finding = rules_in_service_match(conn, NOW)
     assert (finding.offenders, finding.figures["never_matched"]) == (1, 0)
 
