@@ -226,7 +226,7 @@ NOT_JUDGED = [
     Expectation("expect_column_values_to_not_be_null", {"column": "no_such_column"}, WHY, "info"),
     Expectation("expect_the_impossible", {"column": "a"}, WHY),
     Expectation("expect_column_values_to_be_between", {"column": "a", "nonsense": 1}, WHY),
-    # Crashes the whole validation of Great Expectations 1.24, whoever else is in the suite.
+    # No quantile of text: Great Expectations 1.24 raises out of the middle of its own metrics.
     Expectation(
         "expect_column_quantile_values_to_be_between",
         {"column": "b", "quantile_ranges": {"quantiles": [0.5], "value_ranges": [[0, 1]]}},
@@ -237,7 +237,7 @@ NOT_JUDGED = [
 
 
 def test_an_expectation_that_cannot_be_judged_is_an_error_and_hides_no_other() -> None:
-    frame = pd.DataFrame({"a": [1, 2, 3], "b": [1, None, -3]})
+    frame = pd.DataFrame({"a": [1, 2, 3], "b": ["x", None, "y"]})
     results = judge(frame, [HOLDS, *NOT_JUDGED, HOLDS])
     assert [result.passed for result in results] == [True, False, False, False, False, True]
     assert [result.error is not None for result in results] == [False, True, True, True, True, False]
