@@ -50,6 +50,18 @@ FLEET = "all"
 
 
 @dataclass(frozen=True)
+class ScopeFigure:
+    """Where the CUSUM of a rule stands in one scope: its rated episodes that count, W now and at its highest."""
+
+    kind: str
+    value: str
+    episodes: int
+    failures: int
+    w: float
+    w_peak: float
+
+
+@dataclass(frozen=True)
 class RatedEpisode:
     """One rated episode of a rule, in event order; `at` is ISO text for the evidence."""
 

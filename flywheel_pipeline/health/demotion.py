@@ -9,26 +9,13 @@ from __future__ import annotations
 import datetime as dt
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.health.cusum import FLEET, Attribution, RatedEpisode, attribute
+from flywheel_pipeline.health.cusum import FLEET, Attribution, RatedEpisode, ScopeFigure, attribute
 from flywheel_pipeline.promotion.policy import Cusum, Policy
 
 WORST = 3  # scopes of each kind that are read for a rule beside those that warn
-
-
-@dataclass(frozen=True)
-class ScopeFigure:
-    """Where the CUSUM of a rule stands in one scope: its rated episodes that count, W now and at its highest."""
-
-    kind: str
-    value: str
-    episodes: int
-    failures: int
-    w: float
-    w_peak: float
 
 
 def load_scopes(

@@ -14,8 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flywheel_pipeline.health.cusum import ScopeAlarm
-from flywheel_pipeline.health.demotion import ScopeFigure
+from flywheel_pipeline.health.cusum import ScopeAlarm, ScopeFigure
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.policy import Policy
 from flywheel_pipeline.promotion.runbook_ids import is_placeholder

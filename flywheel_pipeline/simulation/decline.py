@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.health.cusum import FLEET, RatedEpisode, attribute
-from flywheel_pipeline.health.demotion import ScopeFigure
+from flywheel_pipeline.health.cusum import FLEET, RatedEpisode, ScopeFigure, attribute
 from flywheel_pipeline.promotion.gates import RuleEvidence, decide_rule
 from flywheel_pipeline.promotion.ledger import import_rules
 from flywheel_pipeline.promotion.policy import Policy
