@@ -104,7 +104,7 @@ _QUERIES: Final[tuple[str, ...]] = (
     SELECT 'policy ' || p.polname || ' on ' || c.relname, c.relname::text, f.name, f.fact
     FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid
     CROSS JOIN LATERAL (VALUES
-      ('command', p.polcmd || CASE WHEN p.polpermissive THEN ' permissive' ELSE ' restrictive' END),
+      ('command', p.polcmd::text || CASE WHEN p.polpermissive THEN ' permissive' ELSE ' restrictive' END),
       ('condition', coalesce(pg_get_expr(p.polqual, p.polrelid), '')),
       ('condition of writes', coalesce(pg_get_expr(p.polwithcheck, p.polrelid), ''))
     ) f (name, fact)
