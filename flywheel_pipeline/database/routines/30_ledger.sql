@@ -142,9 +142,6 @@ BEGIN
       RAISE EXCEPTION 'rule %: a % is widened once, from its first step to its second', NEW.rule_id, NEW.from_state;
     END IF;
   ELSE
-    IF NEW.kind = 'advanced' AND rule.rollout_step = 1 THEN
-      RAISE EXCEPTION 'rule %: a % is left from its second step, not from its first', NEW.rule_id, NEW.from_state;
-    END IF;
     IF coalesce(NEW.rollout_step, 1) <> 1 THEN
       RAISE EXCEPTION 'rule %: a stage begins with its first step, not with step %', NEW.rule_id, NEW.rollout_step;
     END IF;
