@@ -94,12 +94,19 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         "human_acts": _APPEND,
         "rule_events": _APPEND,
         "patterns": (_R, _I, _U),
-        "l1_rules": (_R, _I, _U),  # by the fold of an event alone: the guard refuses every other write
+        # The counters; the rest is the fold of the ledger, written by the trigger on its events.
+        "l1_rules": (_R, *_only(_U, "match_count", "success_count", "failure_count", "updated_at")),
         "rule_manifests": _WRITE,
         "appliance_commands": (_R, _I, _U),
         "appliances": (_R, _I, _U),
         "sites": (_R, _I, _U),
         "runbooks": (_R, _I, _U),
+        "policy_documents": _APPEND,
+        "cusum_checkpoints": _WRITE,
+        "scope_quarantines": _APPEND,
+        "alerts": (_R, _I, _U),
+        "alert_events": _APPEND,
+        "notifications": (_R, _I, _U),
     },
 }
 #: Tables that hold a secret, if only its hash: no reader sees them.

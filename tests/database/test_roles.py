@@ -128,11 +128,25 @@ def test_every_table_is_somebodys_or_on_the_list_of_those_that_nobody_writes() -
 
 @pytest.mark.parametrize("role", list(roles.MEANING))
 @pytest.mark.parametrize(
-    "table", ["rule_events", "human_acts", "promotion_decisions", "policy_activations", "execution_corrections"]
+    "table",
+    [
+        "rule_events",
+        "human_acts",
+        "promotion_decisions",
+        "policy_activations",
+        "execution_corrections",
+        "scope_quarantines",
+        "policy_documents",
+        "alert_events",
+    ],
 )
 def test_nobody_updates_or_deletes_what_is_kept_for_auditors(engine: Engine, role: str, table: str) -> None:
     with as_role(engine, role) as connection:
-        column = {"promotion_decisions": "reason", "execution_corrections": "execution_id"}.get(table, "reason")
+        column = {
+            "execution_corrections": "execution_id",
+            "policy_documents": "policy_name",
+            "alert_events": "title",
+        }.get(table, "reason")
         assert refused(connection, f"DELETE FROM {table}")
         assert refused(connection, f"UPDATE {table} SET {column} = 'x'")
         assert refused(connection, f"TRUNCATE {table} CASCADE")
