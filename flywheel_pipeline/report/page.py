@@ -150,7 +150,9 @@ def _shown(value: Any, kind: str) -> str:
 
 
 _TONES = {
-    **dict.fromkeys(("fleet", "pass", "promote", "advance", "keep", "executed", "acknowledged", "good", "approved"), "good"),
+    **dict.fromkeys(
+        ("fleet", "pass", "promote", "advance", "keep", "executed", "acknowledged", "good", "approved"), "good"
+    ),
     **dict.fromkeys(("quarantined", "fail", "error", "reject", "rejected", "quarantine", "withheld", "failed"), "bad"),
     **dict.fromkeys(("canary", "ring", "shadow", "warn", "hold", "held", "inconclusive", "pending", "queued"), "wait"),
 }
