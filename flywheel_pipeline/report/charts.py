@@ -14,7 +14,9 @@ from flywheel_pipeline.health.attribution import WaterfallStep, percent
 from flywheel_pipeline.report.page import Chart
 
 INK, SOFT, GREY, GOOD, BAD, BLUE = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e"
-WIDTH = 860
+WIDTH = 930
+# A chart is measured here and drawn with the reader's fonts, which may be a fifth wider: labels get room in any.
+LABELS = 235
 _FONT = "Segoe UI, Roboto, Helvetica Neue, Arial, sans-serif"
 
 
@@ -47,14 +49,22 @@ def _until(value: dt.date) -> str:
     return _day(value + dt.timedelta(days=1))
 
 
-def _time_axis() -> Any:
+def _time_axis(*, labels: bool = True) -> Any:
     import altair as alt
 
     return alt.X(
         "begin:T",
         title=None,
         scale=alt.Scale(type="utc"),
-        axis=alt.Axis(grid=False, tickCount=10, format="%Y-%m-%d", labelOverlap=True, labelFlush=True),
+        axis=alt.Axis(
+            grid=False,
+            tickCount=8,
+            format="%Y-%m-%d",
+            labelOverlap=True,
+            labelSeparation=12,
+            labels=labels,
+            ticks=labels,
+        ),
     )
 
 
@@ -79,16 +89,19 @@ def volume(days: Sequence[Mapping[str, Any]]) -> Chart:
     ]
     base = alt.Chart(alt.InlineData(values=rows))
     x = _time_axis()
-    bars = base.mark_bar(color=GREY).encode(
-        x=x, x2="end:T", y=alt.Y("executions:Q", title="executions a day", axis=alt.Axis(tickCount=4))
+    zero = alt.datum(0)
+    every = base.mark_rect(color=GREY, stroke="white", strokeWidth=0.5).encode(
+        x=x, x2="end:T", y=alt.Y("executions:Q", title="executions a day", axis=alt.Axis(tickCount=4)), y2=zero
     )
-    green = base.mark_bar(color=GOOD, opacity=0.75).encode(x=x, x2="end:T", y="successes:Q")
+    green = base.mark_rect(color=GOOD, stroke="white", strokeWidth=0.5).encode(
+        x=x, x2="end:T", y="successes:Q", y2=zero
+    )
     line = base.mark_line(color=BLUE, strokeWidth=1.4, point=alt.OverlayMarkDef(size=16, color=BLUE)).encode(
         x=alt.X("noon:T", title=None, scale=alt.Scale(type="utc"), axis=None),
         y=alt.Y("rate:Q", title="success rate", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", tickCount=3)),
     )
     chart = alt.vconcat(
-        line.properties(width=WIDTH, height=70), (bars + green).properties(width=WIDTH, height=130), spacing=8
+        line.properties(width=WIDTH, height=70), (every + green).properties(width=WIDTH, height=130), spacing=8
     ).resolve_scale(x="shared")
     first, last = days[0]["day"], days[-1]["day"]
     total = sum(int(d["executions"]) for d in days)
@@ -112,13 +125,21 @@ def bars(rows: Sequence[tuple[str, int, str]], alt_text: str, caption: str) -> C
             "label:N",
             sort=alt.EncodingSortField("order", order="ascending"),
             title=None,
-            axis=alt.Axis(domain=False, ticks=False, labelFontSize=12, labelColor=INK, labelLimit=320, labelPadding=8),
+            axis=alt.Axis(
+                domain=False,
+                ticks=False,
+                labelFontSize=12,
+                labelColor=INK,
+                labelLimit=320,
+                labelPadding=8,
+                minExtent=LABELS,
+            ),
         ),
-        x=alt.X("n:Q", title=None, axis=None),
+        x=alt.X("n:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1.15 * max(1, *(n for _, n, _ in rows))])),
     )
     bar = base.mark_bar(height=alt.RelativeBandSize(0.72)).encode(color=alt.Color("colour:N", scale=None))
     text = base.mark_text(align="left", dx=5, fontSize=12, color=INK).encode(text="text:N")
-    return Chart(_svg((bar + text).properties(width=520, height=26 * len(values))), alt_text, caption)
+    return Chart(_svg((bar + text).properties(width=640, height=26 * len(values))), alt_text, caption)
 
 
 def waterfall(steps: Sequence[WaterfallStep], rule_id: str) -> Chart:
@@ -140,17 +161,26 @@ def waterfall(steps: Sequence[WaterfallStep], rule_id: str) -> Chart:
             "label:N",
             sort=alt.EncodingSortField("order", order="ascending"),
             title=None,
-            axis=alt.Axis(domain=False, ticks=False, labelFontSize=12, labelColor=INK, labelLimit=320, labelPadding=8),
+            axis=alt.Axis(
+                domain=False,
+                ticks=False,
+                labelFontSize=12,
+                labelColor=INK,
+                labelLimit=320,
+                labelPadding=8,
+                minExtent=LABELS,
+            ),
         )
     )
-    x = alt.X("executions:Q", title=None, axis=None)
+    scale = alt.Scale(domain=[0, 1.5 * max(1, steps[0].executions)])
+    x = alt.X("executions:Q", title=None, axis=None, scale=scale)
     every = base.mark_bar(color=GREY, height=alt.RelativeBandSize(0.7)).encode(x=x)
     green = base.mark_bar(color=GOOD, height=alt.RelativeBandSize(0.7)).encode(
         x=alt.X("successes:Q", title=None, axis=None)
     )
     text = base.mark_text(align="left", dx=5, fontSize=12, color=INK).encode(x=x, text="text:N")
     return Chart(
-        _svg((every + green + text).properties(width=460, height=26 * len(values))),
+        _svg((every + green + text).properties(width=640, height=26 * len(values))),
         f"From the raw to the adjusted success rate of {rule_id}: "
         + "; ".join(f"{v['label']} {v['text']}" for v in values),
         "From the raw rate to that of what the rule could fix, one outcome class taken out after the other; green: reported as success.",
@@ -176,7 +206,8 @@ def rate_over_time(days: Sequence[Mapping[str, Any]]) -> Chart:
         }
         for d in days
     ]
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=_time_axis())
+    source = alt.Chart(alt.InlineData(values=rows))
+    base = source.encode(x=_time_axis(labels=False))
     scale = alt.Scale(domain=[0, 1])
     axis = alt.Axis(format="%", tickCount=5)
     area = base.mark_area(color=BLUE, opacity=0.16, line={"color": BLUE, "strokeWidth": 0.6}).encode(
@@ -186,8 +217,8 @@ def rate_over_time(days: Sequence[Mapping[str, Any]]) -> Chart:
     points = base.mark_circle(color=INK, opacity=0.55).encode(
         y=alt.Y("rate:Q", scale=scale), size=alt.Size("executions:Q", scale=alt.Scale(range=[8, 120]), legend=None)
     )
-    below = base.mark_bar(color=GREY, width=4).encode(
-        y=alt.Y("executions:Q", title="executions", axis=alt.Axis(tickCount=2))
+    below = source.mark_bar(color=GREY, width=max(1, min(14, 600 // len(rows)))).encode(
+        x=_time_axis(), y=alt.Y("executions:Q", title="executions", axis=alt.Axis(tickCount=2))
     )
     chart = alt.vconcat(
         (area + line + points).properties(width=WIDTH, height=210), below.properties(width=WIDTH, height=50), spacing=8
