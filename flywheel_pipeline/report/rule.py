@@ -18,7 +18,7 @@ from flywheel_pipeline.promotion import certificate
 from flywheel_pipeline.promotion.explain import explain_in
 from flywheel_pipeline.report import charts
 from flywheel_pipeline.report.bound import band
-from flywheel_pipeline.report.causes import cause_blocks
+from flywheel_pipeline.report.causes import attribution_blocks, cause_blocks
 from flywheel_pipeline.report.overview import DECISION_COLUMNS, EVENT_COLUMNS, LISTED, rows_of
 from flywheel_pipeline.report.page import Block, Column, Page, Prose, Section, Table, Tile, percent
 from flywheel_pipeline.report.snapshot import Period, within_day, within_time
@@ -65,7 +65,7 @@ def rule_page(connection: sa.Connection, rule_id: str, period: Period, facts: Ma
         ),
         (
             _over_time(connection, rule_id, period),
-            _why(connection, rule_id, rule),
+            _why(connection, rule_id, rule, found.get("why")),
             _evidence(found),
             _where(connection, rule_id),
             _history(
@@ -100,7 +100,9 @@ def _over_time(connection: sa.Connection, rule_id: str, period: Period) -> Secti
     return Section("rate", "Success rate over time", "All versions of the rule, over the days of the period.", blocks)
 
 
-def _why(connection: sa.Connection, rule_id: str, rule: Mapping[str, Any]) -> Section:
+def _why(
+    connection: sa.Connection, rule_id: str, rule: Mapping[str, Any], attribution: Mapping[str, Any] | None
+) -> Section:
     classes = outcome_counts(connection, [rule_id]).get(rule_id, {})
     errors = failures_of(connection, [rule_id]).get(rule_id, [])
     blocks: list[Block] = []
@@ -113,6 +115,7 @@ def _why(connection: sa.Connection, rule_id: str, rule: Mapping[str, Any]) -> Se
             )
         )
         blocks += cause_blocks(rule_id, waterfall(classes), errors)
+        blocks += attribution_blocks(attribution)
     else:
         blocks.append(Prose("It has not matched yet."))
     return Section("why", "Why it fails", "All time. Error templates hold no host, account or address.", blocks)

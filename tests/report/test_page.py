@@ -14,6 +14,7 @@ from flywheel_pipeline.health.attribution import waterfall
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.report import charts
 from flywheel_pipeline.report.bound import ALPHA, band
+from flywheel_pipeline.report.causes import attribution_blocks
 from flywheel_pipeline.report.page import Chart, Column, Heading, Page, Prose, Section, Table, Tile, percent, render
 from flywheel_pipeline.report.snapshot import Period
 
@@ -148,3 +149,31 @@ def test_a_period_that_ends_before_it_begins_is_refused() -> None:
     assert str(Period(day, day)) == "2026-02-15 to 2026-02-15"
     with pytest.raises(UsageError, match="before it begins"):
         Period(day, day - dt.timedelta(days=1))
+
+
+def test_an_attribution_is_laid_out_with_its_counterfactual_rates() -> None:
+    segment = {"words": "agent 1.0.56", "also": ["site a"], "executions": 900, "failures": 640, "hosts": 40}
+    rates = {"share": 0.64, "rate": 0.29, "rate_if_fixed": 0.85, "advice": "update the agents there"}
+    family = {
+        "what": "no TPM",
+        "failures": 180,
+        "share": 0.18,
+        "rate_if_fixed": 0.92,
+        "template": HOSTILE[0],
+        "advice": "x",
+    }
+    found = {"sentence": "It fails on agent 1.0.56.", "segments": [{**segment, **rates}], "families": [family]}
+    html = render(Page("t", "s", {}, (), (Section("a", "t", "l", attribution_blocks(found)),)))
+    text = Elements(html).text
+    for shown in (
+        "It fails on agent 1.0.56.",
+        "agent 1.0.56; the same hosts: site a",
+        "64.0 %",
+        "85.0 %",
+        "92.0 %",
+        HOSTILE[0],
+    ):
+        assert shown in text
+    assert attribution_blocks(None) == []
+    nothing = attribution_blocks({"sentence": "", "segments": [], "families": []})
+    assert "stands out beyond chance" in render(Page("t", "s", {}, (), (Section("a", "t", "l", nothing),)))
