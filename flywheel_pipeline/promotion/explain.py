@@ -73,36 +73,41 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
         FlywheelError: there is no such rule or pattern.
     """
     with engine.connect() as connection:
-        batch = current_batch(connection)
-        policy = load_policy(batch.policy_name)
-        rule = (
-            connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})
-            .mappings()
-            .one_or_none()
+        return explain_in(connection, subject)
+
+
+def explain_in(connection: sa.Connection, subject: str) -> dict[str, Any]:
+    """Explain as `explain` does, in the caller's transaction: a report says all of one moment."""
+    batch = current_batch(connection)
+    policy = load_policy(batch.policy_name)
+    rule = (
+        connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})
+        .mappings()
+        .one_or_none()
+    )
+    if rule is not None:
+        return _rule(connection, policy, dict(rule))
+    pattern = (
+        connection.execute(
+            sa.text(
+                "SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"
+            ),
+            {"s": subject},
         )
-        if rule is not None:
-            return _rule(connection, policy, dict(rule))
-        pattern = (
-            connection.execute(
-                sa.text(
-                    "SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"
-                ),
-                {"s": subject},
+        .mappings()
+        .one_or_none()
+    )
+    if pattern is None:
+        unresolved = connection.execute(
+            sa.text("SELECT executions FROM unresolved_rule_ids WHERE rule_id = :s"), {"s": subject}
+        ).one_or_none()
+        if unresolved is not None:
+            raise FlywheelError(
+                f"{subject} stands in {unresolved.executions} executions and in no registry.",
+                hint="If it is another name of a known rule: flywheel aliases add-rule.",
             )
-            .mappings()
-            .one_or_none()
-        )
-        if pattern is None:
-            unresolved = connection.execute(
-                sa.text("SELECT executions FROM unresolved_rule_ids WHERE rule_id = :s"), {"s": subject}
-            ).one_or_none()
-            if unresolved is not None:
-                raise FlywheelError(
-                    f"{subject} stands in {unresolved.executions} executions and in no registry.",
-                    hint="If it is another name of a known rule: flywheel aliases add-rule.",
-                )
-            raise FlywheelError(f"There is no rule or pattern {subject}.", hint="`flywheel status` lists them.")
-        return _pattern(connection, batch, policy, dict(pattern))
+        raise FlywheelError(f"There is no rule or pattern {subject}.", hint="`flywheel status` lists them.")
+    return _pattern(connection, batch, policy, dict(pattern))
 
 
 def _events(connection: sa.Connection, rule_id: str | None) -> list[dict[str, Any]]:
