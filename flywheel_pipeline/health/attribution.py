@@ -215,21 +215,33 @@ def _mask_forms(text: str) -> str:
     return text
 
 
+def masks(messages: Iterable[str | None], hosts: Iterable[str] = ()) -> dict[str | None, str]:
+    """The template of each distinct message, by message; `mask` for many at once."""
+    pattern = known_hosts(hosts)
+    return {message: _mask(message, pattern) for message in set(messages)}
+
+
 def error_templates(
-    failures: Iterable[tuple[str, str | None, str, int]], *, hosts: Iterable[str] = ()
+    failures: Iterable[tuple[str, str | None, str, int]],
+    *,
+    hosts: Iterable[str] = (),
+    merge: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
 ) -> list[ErrorTemplate]:
     """Group failures by outcome class and template.
 
     Args:
         failures: (outcome class, error message, host name, executions), in any order and any grouping.
         hosts: further host names to mask; those of the failures are masked in any case.
+        merge: maps masked templates to those of their groups (`templates.merge`); None leaves them as they are.
 
     Returns:
         The templates, most executions first; ties by class and template. The shares add up to 1.
     """
     rows = list(failures)
-    pattern = known_hosts([*hosts, *(row[2] for row in rows)])
-    templates = {message: _mask(message, pattern) for message in {row[1] for row in rows}}
+    templates = masks((row[1] for row in rows), [*hosts, *(row[2] for row in rows)])
+    if merge is not None:
+        merged = merge(set(templates.values()))
+        templates = {message: merged[template] for message, template in templates.items()}
     counts: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[str]] = defaultdict(set)
     for outcome_class, message, host, executions in rows:
