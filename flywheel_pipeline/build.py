@@ -21,7 +21,7 @@ from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
-from flywheel_pipeline.health.assets import rule_quarantines
+from flywheel_pipeline.health.assets import build_attribution_asset, rule_quarantines
 from flywheel_pipeline.health.checks import health_checks
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
 from flywheel_pipeline.promotion.backtest_asset import policy_backtest
@@ -99,6 +99,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
             backfill,
             patterns,
             rule_quarantines,
+            build_attribution_asset(graph),
             promotion_decisions,
             apply,
             policy_backtest,

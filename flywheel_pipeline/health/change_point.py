@@ -74,7 +74,9 @@ def find_change(
     if f_all in (0, n_all):
         return None
 
-    def likelihood(failures: np.typing.NDArray[np.float64], executions: np.typing.NDArray[np.float64]) -> np.typing.NDArray[np.float64]:
+    def likelihood(
+        failures: np.typing.NDArray[np.float64], executions: np.typing.NDArray[np.float64]
+    ) -> np.typing.NDArray[np.float64]:
         rate = np.clip(failures / np.maximum(executions, 1), 1e-12, 1 - 1e-12)
         value: np.typing.NDArray[np.float64] = failures * np.log(rate) + (executions - failures) * np.log1p(-rate)
         return value
@@ -104,9 +106,7 @@ def find_change(
     p_value = (1 + larger) / (RESAMPLES + 1)
     if p_value > alpha:
         return None
-    return ChangePoint(
-        ordered[place + 1][0], before, after, before_n, after_n, float(observed[place]), p_value
-    )
+    return ChangePoint(ordered[place + 1][0], before, after, before_n, after_n, float(observed[place]), p_value)
 
 
 def agent_upgrades(first_seen: Iterable[tuple[str, str | None, dt.date]]) -> list[Event]:

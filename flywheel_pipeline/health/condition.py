@@ -60,7 +60,9 @@ def suggest(cells: Cells, *, seed: int = 20260215) -> tuple[Suggestion | None, s
     test_rows = out[cells.codes["site"]]
     learned = find_causes(cells.only(~test_rows), seed=seed)
     # A time or a site is no condition that a rule could carry to another site.
-    usable = [s.conditions for s in learned if all(c.dimension in ("agent_version", "hardware", "os") for c in s.conditions)]
+    usable = [
+        s.conditions for s in learned if all(c.dimension in ("agent_version", "hardware", "os") for c in s.conditions)
+    ]
     if not usable:
         return None, "no agent release, hardware or system stands out on the sites that are not held out"
     test = cells.only(test_rows)

@@ -111,9 +111,7 @@ def families_sentence(attribution: Attribution) -> str:
 def as_json(attribution: Attribution) -> dict[str, Any]:
     """The attribution as JSON types, with its words beside the figures."""
     document: dict[str, Any] = plain(attribution)
-    for shown, segment, step in zip(
-        document["segments"], attribution.segments, attribution.segment_steps, strict=True
-    ):
+    for shown, segment, step in zip(document["segments"], attribution.segments, attribution.segment_steps, strict=True):
         shown["words"] = segment_words(segment.conditions)
         shown["advice"] = segment_advice(segment)
         shown["error_step"] = plain(step)
@@ -136,7 +134,9 @@ def segment_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "of failures": percent(s["share"]),
             "rate there": percent(s["rate"]),
             "rule's rate if fixed": percent(s["rate_if_fixed"]),
-            "mostly at step": "" if s["error_step"] is None else f"{s['error_step']['step']} ({percent(s['error_step']['share'])})",
+            "mostly at step": ""
+            if s["error_step"] is None
+            else f"{s['error_step']['step']} ({percent(s['error_step']['share'])})",
             "what to do": s["advice"],
         }
         for s in document["segments"]
@@ -208,7 +208,9 @@ def _change_words(a: Attribution) -> str:
         f"{percent(change.after)} of {change.executions_after:,} since (p {change.p_value:.3f})."
     )
     events = "".join(f"\n- {event.day.isoformat()} {event.what}" for event in change.events[:10])
-    return words + (f" Within a day of it:\n{events}" if events else " No upgrade, policy or ledger event within a day.")
+    return words + (
+        f" Within a day of it:\n{events}" if events else " No upgrade, policy or ledger event within a day."
+    )
 
 
 def _hosts_words(a: Attribution) -> str:

@@ -124,7 +124,8 @@ class _Family:
 
     def count(self, weights: Floats) -> Floats:
         known = self.code >= 0
-        return self.spread(np.bincount(self.code[known], weights=weights[known], minlength=self.groups))
+        summed = np.bincount(self.code[known], weights=weights[known], minlength=self.groups)
+        return self.spread(summed.astype(np.float64))
 
     def hosts(self, host: Ints, n_hosts: int) -> Floats:
         """Distinct hosts of each group."""
@@ -135,12 +136,11 @@ class _Family:
             return single
         value, bucket = np.divmod(pairs // n_hosts, self.buckets)
         keys = value * n_hosts + pairs % n_hosts
-        of_key, first_seen = np.unique(keys, return_index=True)
+        of_key = np.unique(keys)
         order = np.argsort(keys * self.buckets + bucket, kind="stable")
         keys_sorted, bucket_sorted = keys[order], bucket[order]
         starts = np.searchsorted(keys_sorted, of_key, side="left")
         ends = np.searchsorted(keys_sorted, of_key, side="right") - 1
-        del first_seen
         values = of_key // n_hosts
         shape = (self.groups // self.buckets, self.buckets)
         last = np.bincount(values * self.buckets + bucket_sorted[ends], minlength=self.groups).reshape(shape)
@@ -327,7 +327,10 @@ def _resampled(cells: Cells, rng: np.random.Generator, rounds: int) -> Iterator[
             heir[members] = rng.permutation(members)
         shift = np.repeat(rng.integers(0, 1 << 30, len(starts)), lengths)
         at = order[np.repeat(starts[heir], lengths) + (ordinal + shift) % np.repeat(lengths[heir], lengths)]
-        yield np.bincount(at, weights=n, minlength=len(host)), np.bincount(at, weights=f, minlength=len(host))
+        yield (
+            np.bincount(at, weights=n, minlength=len(host)).astype(np.float64),
+            np.bincount(at, weights=f, minlength=len(host)).astype(np.float64),
+        )
 
 
 def _also(cells: Cells, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
@@ -368,7 +371,7 @@ def _with_counterfactuals(
         pattern |= rows.astype(np.int64) << i
     n = np.bincount(pattern, weights=cells.executions, minlength=1 << len(found))
     f = np.bincount(pattern, weights=cells.failures, minlength=1 << len(found))
-    holds = np.array([[(p >> i) & 1 for i in range(len(found))] for p in range(len(n))] , dtype=np.float64)
+    holds = np.array([[(p >> i) & 1 for i in range(len(found))] for p in range(len(n))], dtype=np.float64)
     holds = np.column_stack([np.ones(len(n)), holds])  # the base rate is a cause that always holds
     chance = np.concatenate([[f[0] / n[0] if n[0] else 0.0], np.full(len(found), 0.5)])
     for _ in range(500):

@@ -145,7 +145,8 @@ def cause_families(errors: Sequence[ErrorTemplate], successes: int, executions: 
 
     Args:
         errors: all error templates of the rule.
-        successes, executions: of the rule; the rate if fixed counts the cause's failures as healed.
+        successes: of the rule; the rate if fixed counts the failures of a cause as healed.
+        executions: of the rule.
     """
     groups: dict[str, list[ErrorTemplate]] = defaultdict(list)
     words: dict[str, tuple[str, str]] = {}
@@ -159,7 +160,5 @@ def cause_families(errors: Sequence[ErrorTemplate], successes: int, executions: 
         failures = sum(e.count for e in groups[family])
         healed += failures
         top = min(groups[family], key=lambda e: (-e.count, e.template))
-        found.append(
-            CauseFamily(family, *words[family], failures, failures / total, healed / executions, top.template)
-        )
+        found.append(CauseFamily(family, *words[family], failures, failures / total, healed / executions, top.template))
     return found

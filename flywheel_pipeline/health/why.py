@@ -31,7 +31,7 @@ from flywheel_pipeline.health.templates import CauseFamily, cause_families
 
 if TYPE_CHECKING:
     from flywheel_pipeline.health.condition import Suggestion
-    from flywheel_pipeline.health.segments import Cells, Segment
+    from flywheel_pipeline.health.segments import Segment
 
 TEMPLATES_SHOWN = 20
 
@@ -131,7 +131,7 @@ def _attribute(
 ) -> Attribution | None:
     from flywheel_pipeline.health import condition, segments  # numpy: not for runs in which nothing fails
 
-    def ask(query: str, **values: Any) -> Sequence[sa.Row[Any]]:
+    def ask(query: str, **values: Any) -> Sequence[Any]:
         return connection.execute(sa.text(query), {"id": rule_id, **values}).all()
 
     days = [
@@ -206,7 +206,7 @@ def _attribute(
         families=tuple(cause_families(errors, successes, executions)),
         templates=tuple(errors[:TEMPLATES_SHOWN]),
         segments=tuple(_public(segment, hosts) for segment in causes),
-        segment_steps=tuple(_top_step(ask, segment, starts, width) for segment in causes),
+        segment_steps=tuple(_top_step(ask, segment, width) for segment in causes),
         change=change,
         concentration=concentration((r[0], r[1], r[2], r[3]) for r in host_rows),
         flapping=flapping((r[0], r[1], r[2], r[3]) for r in returned),
@@ -234,22 +234,22 @@ def _public_conditions(conditions: Sequence[Any], hosts: Any) -> tuple[Any, ...]
 _COLUMN = {"site": "site_id", "agent_version": "agent_version", "os": "os", "hardware": "hardware"}
 
 
-def _top_step(ask: Any, segment: Segment, starts: Sequence[dt.date], width: int) -> StepShare | None:
+def _top_step(ask: Any, segment: Segment, width: int) -> StepShare | None:
     """The error step most frequent among a segment's failures; None where no agent said."""
-    where, values = ["rule_id = :id", "executions > successes"], {}
+    where = ["rule_id = :id", "executions > successes"]
+    values: dict[str, Any] = {}
     for i, c in enumerate(segment.conditions):
         if c.dimension in _COLUMN:
             where.append(f"{_COLUMN[c.dimension]} = :v{i}")
             values[f"v{i}"] = c.value
             continue
         begin = dt.date.fromisoformat(c.value)
-        values[f"v{i}"] = begin
-        values[f"w{i}"] = begin + dt.timedelta(days=width)
-        where.append({"since": f"day >= :v{i}", "until": f"day < :w{i}", "on": f"day >= :v{i} AND day < :w{i}"}[c.dimension])
-        if c.dimension == "since":
-            del values[f"w{i}"]
-        if c.dimension == "until":
-            del values[f"v{i}"]
+        if c.dimension != "until":
+            where.append(f"day >= :v{i}")
+            values[f"v{i}"] = begin
+        if c.dimension != "since":
+            where.append(f"day < :w{i}")
+            values[f"w{i}"] = begin + dt.timedelta(days=width)
     rows = ask(
         "SELECT error_step, sum(executions - successes)::bigint FROM attribution_cells "  # noqa: S608 (columns of ours)
         f"WHERE {' AND '.join(where)} GROUP BY error_step",

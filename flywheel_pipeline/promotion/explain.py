@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.aggregates.batches import Batch, policy_in_force
 from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.health.failing_rules import failures_of
+from flywheel_pipeline.health.stored import kept_attributions
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.decide import load_pattern_evidence, load_rule_evidence
 from flywheel_pipeline.promotion.gates import Decision, decide_pattern, decide_rule, is_high_risk
@@ -65,7 +66,7 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
 
     Returns:
         JSON types: subject_id, subject_kind, policy, state, summary, decision {verdict, reason}, gates in order,
-        ladder, evidence, events of the ledger, decisions on record, failures by error template, pattern or rule of it.
+        ladder, evidence, events of the ledger, decisions on record, failures by error template, why it fails as last attributed (`flywheel why` computes it anew).
 
     Raises:
         FlywheelError: there is no such rule or pattern.
@@ -144,6 +145,7 @@ def _document(policy: Policy, kind: str, subject: str, state: str, summary: str,
         "events": [],
         "decisions": [],
         "failures": [],
+        "why": None,
     }
     return {**document, **more}
 
@@ -192,7 +194,16 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         events=_events(connection, rule["rule_id"]),
         decisions=_decisions(connection, "rule", rule["rule_id"]),
         failures=[{"template": c.template, "count": c.count, "outcome_class": c.outcome_class} for c in causes[:10]],
+        why=_why(connection, rule["rule_id"]),
     )
+
+
+def _why(connection: sa.Connection, rule_id: str) -> dict[str, Any] | None:
+    """The kept attribution of a failing rule; None where it does not fail, or no run has seen it fail yet."""
+    kept = kept_attributions(connection, [rule_id]).get(rule_id)
+    if kept is None:
+        return None
+    return {"as_of": kept.computed_at.isoformat(), "sentence": kept.sentence, **kept.result}
 
 
 def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: dict[str, Any]) -> dict[str, Any]:

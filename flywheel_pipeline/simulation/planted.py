@@ -6,16 +6,20 @@ Belongs here: making executions of one rule. Does not belong here: attribution.
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from flywheel_pipeline.health.segments import Cells, buckets, from_rows
 
 FIRST_DAY = dt.date(2025, 12, 1)
 OLD_AGENT, NEW_AGENTS = "1.0.56", ("1.0.70", "1.0.74")
 OS = ("Windows 10", "Windows 11", "Windows Server 2019", "Windows Server 2022")
 HARDWARE = ("laptop", "desktop", "server", "vm", "vm-no-tpm")
 ONSET_DAY = 35
+GOLDEN_SEED = 6
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,21 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Where:
+    """What a cause may depend on; `day` counts from the first day, 0."""
+
+    agent_version: str
+    os: str
+    hardware: str
+    day: int
+
+
+@dataclass(frozen=True)
 class Cause:
     """A planted cause: where it acts, how often it makes an execution fail, and with which message and step."""
 
     name: str
-    acts: Callable[[str, str, str, int], bool]  # agent version, os, hardware, day index
+    acts: Callable[[Where], bool]
     probability: float
     error: str
     step: int
@@ -49,21 +63,21 @@ class Cause:
 THREE_CAUSES: tuple[Cause, ...] = (
     Cause(
         "agent 1.0.56",
-        lambda agent, os, hw, day: agent == OLD_AGENT,
+        lambda where: where.agent_version == OLD_AGENT,
         0.93,
         "Unknown action: run_windows_runbook:RB-WIN-SEC-005",
         1,
     ),
     Cause(
         "VMs without TPM",
-        lambda agent, os, hw, day: hw == "vm-no-tpm",
+        lambda where: where.hardware == "vm-no-tpm",
         0.95,
         "A compatible Trusted Platform Module (TPM) Security Device cannot be found on this computer.",
         2,
     ),
     Cause(
         "Windows 10 since day 35",
-        lambda agent, os, hw, day: os == "Windows 10" and day >= ONSET_DAY,
+        lambda where: where.os == "Windows 10" and where.day >= ONSET_DAY,
         0.6,
         "Phase 'verify' failed: ProtectionStatus=0",
         3,
@@ -87,7 +101,10 @@ def fleet(
 
     Args:
         causes: what makes executions fail, each on its own; empty: a fleet without a cause.
-        executions, sites, hosts, days: the size.
+        executions: rows made.
+        sites: among which hosts are spread.
+        hosts: in all.
+        days: from FIRST_DAY on.
         base: failure rate that nothing explains.
         spread: of that rate between hosts (0: none; a beta with this intra-host correlation else).
         dead_hosts: hosts that always fail and fire five times as often, wherever they are.
@@ -114,7 +131,7 @@ def fleet(
     for h, d in zip(host_of.tolist(), day_of.tolist(), strict=True):
         agent, os, hardware = str(agent_of_site[site_of[h]]), str(os_of[h]), str(hardware_of[h])
         fired = tuple(
-            i for i, c in enumerate(causes) if c.acts(agent, os, hardware, d) and rng.random() < c.probability
+            i for i, c in enumerate(causes) if c.acts(Where(agent, os, hardware, d)) and rng.random() < c.probability
         )
         unexplained = bool(rng.random() < rate_of[h])
         success = not fired and not unexplained
@@ -141,3 +158,25 @@ def true_rate_without(executions: Sequence[Execution], fixed: set[int]) -> float
     """The success rate that the same executions would have had with these planted causes gone."""
     succeed = sum(not e.base_failure and not set(e.causes) - fixed for e in executions)
     return succeed / len(executions)
+
+
+def true_excess(executions: Sequence[Execution], cause: int) -> int:
+    """Failures that only this planted cause made."""
+    return sum(e.causes == (cause,) and not e.base_failure for e in executions)
+
+
+def golden_fleet() -> list[Execution]:
+    """3,057 executions in which the old agent is the largest cause, VMs without TPM the second, Windows 10 the third."""
+    return fleet(seed=GOLDEN_SEED)
+
+
+def cells(executions: Sequence[Execution]) -> Cells:
+    """The executions as the cells that a search takes."""
+    width, starts = buckets(min(e.day for e in executions), max(e.day for e in executions))
+    counts: Counter[tuple[str, str, str | None, str | None, str | None, int]] = Counter()
+    failed: Counter[tuple[str, str, str | None, str | None, str | None, int]] = Counter()
+    for e in executions:
+        key = (e.site, e.host, e.agent_version, e.os, e.hardware, (e.day - starts[0]).days // width)
+        counts[key] += 1
+        failed[key] += not e.success
+    return from_rows([(*key, counts[key], failed[key]) for key in counts], starts)
