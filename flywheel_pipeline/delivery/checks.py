@@ -1,6 +1,6 @@
 """Dagster checks of the delivery room."""
 
-from flywheel_pipeline.checks import Check, check_step, reading
+from flywheel_pipeline.checks import Check, at_batch, check_step, reading
 from flywheel_pipeline.delivery import quality
 
 delivery_checks = check_step(
@@ -17,6 +17,13 @@ delivery_checks = check_step(
             "promoted_rules_are_received",
             "Every promoted rule in service was acknowledged or executed by some appliance.",
             reading(quality.promoted_rules_are_received),
+            warn=True,
+        ),
+        Check(
+            "deployments",
+            "promoted_rules_are_executed",
+            "Every promoted rule in service for 3 days was executed; else the furthest stage of its delivery is named.",
+            at_batch(quality.promoted_rules_are_executed),
             warn=True,
         ),
     ],
