@@ -106,47 +106,100 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Counts by profile (hosts alike in all dimensions) and bucket: what every family is summed up from."""
+
+    by_bucket: Floats  # profiles x buckets
+    whole: Floats  # profiles
+
+
+@dataclass(frozen=True)
+class _Profiles:
+    """The distinct combinations of values, and which of them each cell has.
+
+    Segments are sums over profiles, which are far fewer than cells: a resample of a big rule costs one pass over its
+    cells, whatever the number of families.
+    """
+
+    codes: Mapping[str, Ints]  # by dimension, one a profile
+    of_cell: Ints
+    place: Ints  # of the cell in the table, flat
+    count: int
+    buckets: int
+
+    @classmethod
+    def of(cls, cells: Cells) -> _Profiles:
+        key = np.zeros(len(cells.host), dtype=np.int64)
+        for name in DIMENSIONS:
+            key = key * (len(cells.labels[name]) + 1) + cells.codes[name] + 1
+        _, first, of_cell = np.unique(key, return_index=True, return_inverse=True)
+        buckets = len(cells.bucket_days)
+        codes = {name: cells.codes[name][first] for name in DIMENSIONS}
+        return cls(codes, of_cell, of_cell * buckets + cells.bucket, len(first), buckets)
+
+    def table(self, place: Ints, weights: Floats) -> _Table:
+        flat = np.bincount(place, weights=weights, minlength=self.count * self.buckets).astype(np.float64)
+        by_bucket = flat.reshape(self.count, self.buckets)
+        return _Table(by_bucket, by_bucket.sum(axis=1))
+
+
+@dataclass(frozen=True)
 class _Family:
-    """Segments searched together: one group code a cell, and what each group means."""
+    """Segments searched together: one group code a profile, and what each group means."""
 
     dimensions: tuple[str, ...]
-    code: Ints  # -1: in no group
-    groups: int
-    buckets: int  # > 0: the code ends in a bucket, to be read singly, and summed to `since` and `until`
+    code: Ints  # by profile; -1: in no group
+    values: int
+    buckets: int  # > 0: a group is a value in a bucket, to be read singly, and summed to `since` and `until`
+    rows: Ints  # the profiles in a group, by group
+    starts: Ints  # of each group that has any
+    present: Ints  # those groups
 
-    def spread(self, by_group: Floats) -> Floats:
-        """Counts by group, with those of `since` and `until` after them where time is a dimension."""
-        if not self.buckets:
-            return by_group
-        table = by_group.reshape(-1, self.buckets)
+    @classmethod
+    def of(cls, dimensions: tuple[str, ...], code: Ints, values: int, buckets: int) -> _Family:
+        order = np.argsort(code, kind="stable")
+        rows = order[np.searchsorted(code[order], 0) :]
+        present, starts = np.unique(code[rows], return_index=True)
+        return cls(dimensions, code, values, buckets, rows, starts, present)
+
+    @property
+    def groups(self) -> int:
+        return self.values * max(self.buckets, 1)
+
+    def spread(self, table: Floats) -> Floats:
+        """Counts by value and bucket as those of `on`, `since` and `until`, in a row."""
         since = table[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return np.concatenate([by_group, since.ravel(), table.cumsum(axis=1).ravel()])
+        return np.concatenate([table.ravel(), since.ravel(), table.cumsum(axis=1).ravel()])
 
-    def count(self, weights: Floats) -> Floats:
-        known = self.code >= 0
-        summed = np.bincount(self.code[known], weights=weights[known], minlength=self.groups)
-        return self.spread(summed.astype(np.float64))
+    def count(self, table: _Table) -> Floats:
+        source = table.by_bucket if self.buckets else table.whole
+        summed = np.zeros((self.values, *source.shape[1:]))
+        if len(self.rows):
+            summed[self.present] = np.add.reduceat(source[self.rows], self.starts, axis=0)
+        return self.spread(summed) if self.buckets else summed
 
-    def hosts(self, host: Ints, n_hosts: int) -> Floats:
+    def hosts(self, cells: Cells, profiles: _Profiles, n_hosts: int) -> Floats:
         """Distinct hosts of each group."""
-        known = self.code >= 0
-        pairs = np.unique(self.code[known] * n_hosts + host[known])
-        single = np.bincount(pairs // n_hosts, minlength=self.groups).astype(np.float64)
+        code = self.code[profiles.of_cell]
+        known = code >= 0
         if not self.buckets:
-            return single
-        value, bucket = np.divmod(pairs // n_hosts, self.buckets)
-        keys = value * n_hosts + pairs % n_hosts
-        of_key = np.unique(keys)
-        order = np.argsort(keys * self.buckets + bucket, kind="stable")
-        keys_sorted, bucket_sorted = keys[order], bucket[order]
-        starts = np.searchsorted(keys_sorted, of_key, side="left")
-        ends = np.searchsorted(keys_sorted, of_key, side="right") - 1
-        values = of_key // n_hosts
-        shape = (self.groups // self.buckets, self.buckets)
-        last = np.bincount(values * self.buckets + bucket_sorted[ends], minlength=self.groups).reshape(shape)
-        first = np.bincount(values * self.buckets + bucket_sorted[starts], minlength=self.groups).reshape(shape)
-        since = last[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return np.concatenate([single, since.ravel(), first.cumsum(axis=1).ravel()])
+            pairs = _distinct(code[known] * n_hosts + cells.host[known])
+            return np.bincount(pairs // n_hosts, minlength=self.values).astype(np.float64)
+        keys = (code[known] * n_hosts + cells.host[known]) * self.buckets + cells.bucket[known]
+        host, bucket = np.divmod(_distinct(keys), self.buckets)
+        value = host // n_hosts
+        shape = (self.values, self.buckets)
+
+        def by_bucket(rows: Bools) -> Floats:
+            flat = np.bincount(value[rows] * self.buckets + bucket[rows], minlength=self.groups)
+            return flat.reshape(shape).astype(np.float64)
+
+        changes = host[1:] != host[:-1]
+        ends = np.ones(1 if len(host) else 0, dtype=bool)
+        since = by_bucket(np.concatenate([changes, ends]))[:, ::-1].cumsum(axis=1)[:, ::-1]
+        until = by_bucket(np.concatenate([ends, changes])).cumsum(axis=1)
+        single = by_bucket(np.ones(len(host), dtype=bool))
+        return np.concatenate([single.ravel(), since.ravel(), until.ravel()])
 
     def conditions(self, group: int, cells: Cells) -> tuple[Condition, ...]:
         """What the group is, in words of the data."""
@@ -154,7 +207,7 @@ class _Family:
             kind, within = divmod(group, self.groups)
             value, bucket = divmod(within, self.buckets)
             when = Condition(("on", "since", "until")[kind], cells.bucket_days[bucket].isoformat())
-            if len(self.dimensions) == 1:
+            if self.dimensions == ("time",):
                 return (when,)
             name = self.dimensions[0]
             return (Condition(name, cells.labels[name][value]), when)
@@ -214,22 +267,29 @@ def find_causes(
     return _with_counterfactuals(cells, found, total_failures)
 
 
-def _families(cells: Cells) -> Iterator[_Family]:
-    buckets = len(cells.bucket_days)
+def _distinct(keys: Ints) -> Ints:
+    """The distinct keys, sorted; for these sizes a third of the time of numpy's hashing."""
+    ordered = np.sort(keys)
+    distinct: Ints = ordered[np.concatenate([np.ones(min(1, len(ordered)), dtype=bool), ordered[1:] != ordered[:-1]])]
+    return distinct
+
+
+def _families(cells: Cells, profiles: _Profiles) -> Iterator[_Family]:
+    buckets = profiles.buckets
+    codes = profiles.codes
     sizes = {name: len(cells.labels[name]) for name in DIMENSIONS}
     several = [name for name in DIMENSIONS if sizes[name]]
     for name in several:
-        yield _Family((name,), cells.codes[name], sizes[name], 0)
+        yield _Family.of((name,), codes[name], sizes[name], 0)
     if buckets > 1:
-        yield _Family(("time",), cells.bucket, buckets, buckets)
+        yield _Family.of(("time",), np.zeros(profiles.count, dtype=np.int64), 1, buckets)
     for i, a in enumerate(several):
         for b in several[i + 1 :]:
-            known = (cells.codes[a] >= 0) & (cells.codes[b] >= 0)
-            code = np.where(known, cells.codes[a] * sizes[b] + cells.codes[b], -1)
-            yield _Family((a, b), code, sizes[a] * sizes[b], 0)
+            known = (codes[a] >= 0) & (codes[b] >= 0)
+            code = np.where(known, codes[a] * sizes[b] + codes[b], -1)
+            yield _Family.of((a, b), code, sizes[a] * sizes[b], 0)
         if buckets > 1:
-            code = np.where(cells.codes[a] >= 0, cells.codes[a] * buckets + cells.bucket, -1)
-            yield _Family((a, "time"), code, sizes[a] * buckets, buckets)
+            yield _Family.of((a, "time"), codes[a], sizes[a], buckets)
 
 
 def _best(
@@ -241,13 +301,15 @@ def _best(
     n_all, f_all = float(n.sum()), float(f.sum())
     if n_all < 2 * MIN_EXECUTIONS or f_all < MIN_SHARE * total_failures:
         return None
-    families = list(_families(cells))
+    profiles = _Profiles.of(cells)
+    families = list(_families(cells, profiles))
     n_hosts = int(cells.host.max()) + 1
     # Groups that may be named at all, of all families in one row of arrays.
     eligible, family_of, group_of, counts = [], [], [], []
+    executions = profiles.table(profiles.place, n)
     for index, family in enumerate(families):
-        size = family.count(n)
-        of_hosts = family.hosts(cells.host, n_hosts)
+        size = family.count(executions)
+        of_hosts = family.hosts(cells, profiles, n_hosts)
         ok = (size >= MIN_EXECUTIONS) & (of_hosts >= MIN_HOSTS) & (n_all - size >= MIN_EXECUTIONS)
         eligible.append(ok)
         groups = np.flatnonzero(ok)
@@ -258,18 +320,21 @@ def _best(
     if not len(size):
         return None
 
-    def by_segment(weights: Floats) -> Floats:
-        return np.concatenate([fam.count(weights)[ok] for fam, ok in zip(families, eligible, strict=True)])
+    def by_segment(table: _Table) -> Floats:
+        return np.concatenate([fam.count(table)[ok] for fam, ok in zip(families, eligible, strict=True)])
 
-    def excess(executions: Floats, failures: Floats) -> Floats:
+    def excess(executions: _Table, failures: _Table) -> Floats:
         inside, failed = by_segment(executions), by_segment(failures)
         return failed - inside * (f_all - failed) / np.maximum(n_all - inside, 1.0)
 
-    observed = excess(n, f)
+    failures = profiles.table(profiles.place, f)
+    observed = excess(executions, failures)
     if not (observed >= MIN_SHARE * total_failures).any():
         return None
     rounds = resamples or (199 if len(n) <= 20_000 else 99)
-    null = np.stack([excess(*history) for history in _resampled(cells, rng, rounds)])
+    null = np.empty((rounds, len(size)))
+    for i, history in enumerate(_resampled(cells, profiles, rng, rounds)):
+        null[i] = excess(*history)
     overall = f_all / n_all
     binomial = np.sqrt(size * max(overall * (1 - overall), 1e-9) * n_all / (n_all - size))
     scale = np.maximum(null.std(axis=0), binomial)
@@ -282,7 +347,7 @@ def _best(
     # Of the segments that keep most of the excess, the most precise one.
     keeps = named & (observed >= KEEPS * observed[named].max())
     families_of, groups_of = np.concatenate(family_of), np.concatenate(group_of)
-    failures_in = by_segment(f)
+    failures_in = by_segment(failures)
     gain = _likelihood_gain(size, failures_in, n_all, f_all)
     conditions_in = np.array([len(family.dimensions) for family in families])[families_of]
     score = np.where(keeps, gain * np.where(conditions_in == 1, 1.0, PREFERS_SIMPLE), -np.inf)
@@ -309,8 +374,10 @@ def _likelihood_gain(n: Floats, f: Floats, n_all: float, f_all: float) -> Floats
     return gain
 
 
-def _resampled(cells: Cells, rng: np.random.Generator, rounds: int) -> Iterator[tuple[Floats, Floats]]:
-    """(executions, failures) by cell under the null: each host's history, rotated, falls to another of about its volume."""
+def _resampled(
+    cells: Cells, profiles: _Profiles, rng: np.random.Generator, rounds: int
+) -> Iterator[tuple[_Table, _Table]]:
+    """(executions, failures) under the null: each host's history, rotated, falls to another of about its volume."""
     order = np.lexsort((cells.bucket, cells.host))
     host = cells.host[order]
     starts = np.flatnonzero(np.r_[True, host[1:] != host[:-1]])
@@ -318,6 +385,7 @@ def _resampled(cells: Cells, rng: np.random.Generator, rounds: int) -> Iterator[
     ordinal = np.arange(len(host)) - np.repeat(starts, lengths)
     n = cells.executions[order].astype(np.float64)
     f = cells.failures[order].astype(np.float64)
+    place_of = profiles.place[order]
     ranks = np.argsort(np.argsort(np.add.reduceat(n, starts), kind="stable"), kind="stable")
     strata = ranks * min(4, max(1, len(starts) // 20)) // len(starts)
     by_stratum = [np.flatnonzero(strata == s) for s in np.unique(strata)]
@@ -326,11 +394,9 @@ def _resampled(cells: Cells, rng: np.random.Generator, rounds: int) -> Iterator[
         for members in by_stratum:
             heir[members] = rng.permutation(members)
         shift = np.repeat(rng.integers(0, 1 << 30, len(starts)), lengths)
-        at = order[np.repeat(starts[heir], lengths) + (ordinal + shift) % np.repeat(lengths[heir], lengths)]
-        yield (
-            np.bincount(at, weights=n, minlength=len(host)).astype(np.float64),
-            np.bincount(at, weights=f, minlength=len(host)).astype(np.float64),
-        )
+        at = np.repeat(starts[heir], lengths) + (ordinal + shift) % np.repeat(lengths[heir], lengths)
+        place = place_of[at]
+        yield profiles.table(place, n), profiles.table(place, f)
 
 
 def _also(cells: Cells, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
