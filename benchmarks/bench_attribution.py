@@ -75,7 +75,7 @@ def names_of(found: Sequence[segments.Segment]) -> tuple[tuple[tuple[str, str], 
 
 
 def planted_causes(fleets: int) -> bool:
-    """Fleets with three planted causes: are they named, in order, with rates close to the truth?"""
+    """Hold fleets with three planted causes against their truth: the names, their order, the rates if fixed."""
     named, order, worst, slowest = 0, 0, 0.0, 0.0
     for seed in range(fleets):
         rows = planted.fleet(seed=seed)
@@ -104,7 +104,7 @@ def planted_causes(fleets: int) -> bool:
 
 
 def null_fleets(fleets: int) -> bool:
-    """Fleets without a cause: how many get one?"""
+    """Count the fleets without a cause that get one."""
     named = 0
     for seed in range(fleets):
         kind = NULL_KINDS[seed % len(NULL_KINDS)]

@@ -57,8 +57,8 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
         asset_key=check.asset,
         check_name=check.name,
         severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
-        # The page renders this as markdown, which would swallow masks such as <hex>.
-        description=finding.sentence.replace("<", "‹").replace(">", "›"),
+        # The page renders this as markdown, which would swallow masks such as <hex> and make links of `[x](y)`.
+        description=finding.sentence.replace("<", "‹").replace(">", "›").replace("](", "] ("),
         metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},
     )
 

@@ -19,7 +19,7 @@ from flywheel_pipeline.health.attribution import (
 )
 from flywheel_pipeline.health.redaction import WITHHELD
 from flywheel_pipeline.promotion.plain import plain
-from flywheel_pipeline.sql_models.metadata import markdown_table
+from flywheel_pipeline.sql_models.metadata import escape_markdown, markdown_table
 
 if TYPE_CHECKING:
     from flywheel_pipeline.health.segments import Condition, Segment
@@ -50,10 +50,12 @@ def condition_words(condition: Condition) -> str:
 
 
 def segment_words(conditions: Sequence[Condition]) -> str:
-    """All conditions of a segment: `Windows 10 since 2026-01-05`, `agent 1.0.56 with site a`."""
+    """All conditions of a segment: `Windows 10 since 2026-01-05`, `agent 1.0.56 with site a`, `all hosts until 2026-01-24`."""
     times = [condition_words(c) for c in conditions if c.dimension in ("on", "since", "until")]
     things = [condition_words(c) for c in conditions if c.dimension not in ("on", "since", "until")]
-    return " ".join([" with ".join(things), *times]).strip() if things else f"everything {' '.join(times)}"
+    if [c.dimension for c in conditions] == ["since", "until"]:
+        return f"all hosts from {conditions[0].value} to {conditions[1].value}"
+    return " ".join([" with ".join(things), *times]).strip() if things else f"all hosts {' '.join(times)}"
 
 
 def segment_advice(segment: Segment) -> str:
@@ -102,10 +104,17 @@ def causes_sentence(attribution: Attribution) -> str:
     return " ".join(parts)
 
 
+def sentence(attribution: Attribution) -> str:
+    """What fails, then where, since when and on which hosts: what an alert says of the causes."""
+    return f"{families_sentence(attribution)} {causes_sentence(attribution)}".strip()
+
+
 def families_sentence(attribution: Attribution) -> str:
-    """The causes by what failed, ranked, in one sentence."""
+    """The causes by what failed, ranked, in one sentence; empty where there is but one, which the rates name already."""
+    if len(attribution.families) < 2:
+        return ""
     named = [f"{f.what} ({percent(f.share)})" for f in attribution.families[:5]]
-    return f"Causes, most failures first: {'; '.join(named)}." if named else ""
+    return f"Causes, most failures first: {'; '.join(named)}."
 
 
 def as_json(attribution: Attribution) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def as_json(attribution: Attribution) -> dict[str, Any]:
     del document["segment_steps"]
     if attribution.suggestion is not None:
         document["suggestion"]["words"] = [segment_words(c) for c in attribution.suggestion.exclude]
-    document["sentence"] = causes_sentence(attribution)
+    document["sentence"] = sentence(attribution)
     return document
 
 
@@ -162,8 +171,8 @@ def markdown(attribution: Attribution) -> str:
     """The whole answer as Markdown, for the materialization of `failure_attribution`."""
     a, document = attribution, as_json(attribution)
     parts = [
-        f"### {a.rule_id}: {percent(a.rate)} of {a.executions:,} executions, {a.first_day} to {a.last_day}",
-        _escape(causes_sentence(a)) or "No site, release, hardware, system or time stands out beyond chance.",
+        f"### {escape_markdown(a.rule_id)}: {percent(a.rate)} of {a.executions:,} executions, {a.first_day} to {a.last_day}",
+        escape_markdown(sentence(a)) or "No site, release, hardware, system or time stands out beyond chance.",
         "**Where it fails**\n\n" + markdown_table(segment_rows(document), longest_cell=200),
         "**What fails**\n\n" + markdown_table(family_rows(document), longest_cell=200),
         "**From the raw to the adjusted rate**\n\n" + waterfall_markdown(a.steps),
@@ -175,7 +184,7 @@ def markdown(attribution: Attribution) -> str:
             ],
             longest_cell=200,
         ),
-        *(f"**{title}**\n\n{_escape(words)}" for title, words in _spread(a)),
+        *(f"**{title}**\n\n{escape_markdown(words)}" for title, words in _spread(a)),
     ]
     return "\n\n".join(parts)
 
@@ -193,10 +202,6 @@ def _spread(a: Attribution) -> list[tuple[str, str]]:
         ("At which step", steps or "no failures"),
         ("A narrower condition", _suggestion_words(a)),
     ]
-
-
-def _escape(text: str) -> str:
-    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 def _change_words(a: Attribution) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of a segment: `dimension` of DIMENSIONS equals `value`; or `since`, `until`, `on` a bucket's day."""
+    """One condition of a segment: `dimension` of DIMENSIONS equals `value`; or `since`, `until`, `on` the bucket of a day."""
 
     dimension: str
     value: str
@@ -150,7 +151,7 @@ class _Family:
     dimensions: tuple[str, ...]
     code: Ints  # by profile; -1: in no group
     values: int
-    buckets: int  # > 0: a group is a value in a bucket, to be read singly, and summed to `since` and `until`
+    buckets: int  # > 0: a group is a value in a bucket, to be read singly, and summed to `since`, `until`, spans
     rows: Ints  # the profiles in a group, by group
     starts: Ints  # of each group that has any
     present: Ints  # those groups
@@ -166,10 +167,19 @@ class _Family:
     def groups(self) -> int:
         return self.values * max(self.buckets, 1)
 
+    @cached_property
+    def spans(self) -> tuple[Ints, Ints]:
+        """(first, last) bucket of each span with days before and after it; of time alone, else there are too many."""
+        first, last = np.triu_indices(self.buckets if self.dimensions == ("time",) else 0, 1)
+        inner = (first > 0) & (last < self.buckets - 1)
+        return first[inner], last[inner]
+
     def spread(self, table: Floats) -> Floats:
-        """Counts by value and bucket as those of `on`, `since` and `until`, in a row."""
+        """Counts by value and bucket as those of `on`, `since`, `until` and spans, in a row."""
         since = table[:, ::-1].cumsum(axis=1)[:, ::-1]
-        return np.concatenate([table.ravel(), since.ravel(), table.cumsum(axis=1).ravel()])
+        until = table.cumsum(axis=1)
+        first, last = self.spans
+        return np.concatenate([table.ravel(), since.ravel(), until.ravel(), until[0, last] - until[0, first - 1]])
 
     def count(self, table: _Table) -> Floats:
         source = table.by_bucket if self.buckets else table.whole
@@ -199,11 +209,23 @@ class _Family:
         since = by_bucket(np.concatenate([changes, ends]))[:, ::-1].cumsum(axis=1)[:, ::-1]
         until = by_bucket(np.concatenate([ends, changes])).cumsum(axis=1)
         single = by_bucket(np.ones(len(host), dtype=bool))
-        return np.concatenate([single.ravel(), since.ravel(), until.ravel()])
+        first, last = self.spans
+        in_span = np.zeros(len(first))
+        if len(first):
+            there = np.zeros((n_hosts, self.buckets), dtype=bool)
+            there[host, bucket] = True
+            for begin in np.unique(first):
+                rows = first == begin
+                in_span[rows] = np.logical_or.accumulate(there[:, begin:], axis=1).sum(axis=0)[last[rows] - begin]
+        return np.concatenate([single.ravel(), since.ravel(), until.ravel(), in_span])
 
     def conditions(self, group: int, cells: Cells) -> tuple[Condition, ...]:
         """What the group is, in words of the data."""
         if self.buckets:
+            if group >= 3 * self.groups:
+                first, last = (int(bound[group - 3 * self.groups]) for bound in self.spans)
+                days = cells.bucket_days
+                return (Condition("since", days[first].isoformat()), Condition("until", days[last].isoformat()))
             kind, within = divmod(group, self.groups)
             value, bucket = divmod(within, self.buckets)
             when = Condition(("on", "since", "until")[kind], cells.bucket_days[bucket].isoformat())

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flywheel_pipeline.health.attribution import ADVICE, ErrorTemplate, masks
+from flywheel_pipeline.health.attribution import ADVICE, VERBATIM, ErrorTemplate, masks
 
 VARIES = 5  # values of one word among templates that are the same else: then it is a variable, whatever it looks like
 ANY = "<*>"
+_CODE = re.compile(rf"{VERBATIM.pattern}|^\W*[0-9]{{1,3}}\W*$")  # what the masks kept: 401 is not 500, whatever varies
 _IDENTIFIER = re.compile(r"[0-9_/\\.@#$:=-]|[a-z][A-Z]|<")
 
 
@@ -44,7 +45,7 @@ class MergedTemplates:
 
     A word is a variable where it takes many values (five or more) between the same words, or where it looks like an
     identifier each time. Two plain words in one place stay two templates: `Phase 'verify' failed` is not `Phase
-    'remediate' failed`.
+    'remediate' failed`. What the masks keep since it tells causes apart (runbook ids, status codes) is never one.
     """
 
     def of(self, messages: Sequence[str | None], hosts: Iterable[str] = ()) -> list[str]:
@@ -67,7 +68,9 @@ def merge(templates: Iterable[str]) -> dict[str, str]:
                 around[i, (*parts[:i], ANY, *parts[i + 1 :])].append(parts)
         # Largest groups first, so that a template joins the one in which its word varies most.
         for (i, joined), members in sorted(around.items(), key=lambda item: (-len(item[1]), item[0])):
-            free = [parts for parts in members if parts not in replaced and parts[i] != ANY]
+            free = [
+                parts for parts in members if parts not in replaced and parts[i] != ANY and not _CODE.search(parts[i])
+            ]
             if len(joined) < 2 or not free:
                 continue
             values = {parts[i] for parts in free}

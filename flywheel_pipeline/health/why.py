@@ -53,7 +53,8 @@ class Attribution:
         executions, successes, failures: all but synthetic; rate: successes / executions, None over nothing.
         rated_rate: the last step of the waterfall.
         steps: raw to adjusted rate; families: causes by what failed; templates: errors, at most twenty.
-        segments: where it fails beyond chance; segment_steps: the error step most frequent in each, with its share.
+        segments: where it fails beyond chance; segment_steps: the error step most frequent in each
+            (outside those before it), with its share.
         change: since when; concentration, flapping: on which hosts; error_steps: at which step.
         suggestion: a narrower condition that holds on held-out sites; no_suggestion: else the reason.
         days: for the plot.
@@ -206,7 +207,7 @@ def _attribute(
         families=tuple(cause_families(errors, successes, executions)),
         templates=tuple(errors[:TEMPLATES_SHOWN]),
         segments=tuple(_public(segment, hosts) for segment in causes),
-        segment_steps=tuple(_top_step(ask, segment, width) for segment in causes),
+        segment_steps=tuple(_top_step(ask, causes[: i + 1], width) for i in range(len(causes))),
         change=change,
         concentration=concentration((r[0], r[1], r[2], r[3]) for r in host_rows),
         flapping=flapping((r[0], r[1], r[2], r[3]) for r in returned),
@@ -234,25 +235,31 @@ def _public_conditions(conditions: Sequence[Any], hosts: Any) -> tuple[Any, ...]
 _COLUMN = {"site": "site_id", "agent_version": "agent_version", "os": "os", "hardware": "hardware"}
 
 
-def _top_step(ask: Any, segment: Segment, width: int) -> StepShare | None:
-    """The error step most frequent among a segment's failures; None where no agent said."""
-    where = ["rule_id = :id", "executions > successes"]
+def _top_step(ask: Any, causes: Sequence[Segment], width: int) -> StepShare | None:
+    """The error step most frequent in the last of these segments, outside those before it; None where no agent said."""
     values: dict[str, Any] = {}
-    for i, c in enumerate(segment.conditions):
-        if c.dimension in _COLUMN:
-            where.append(f"{_COLUMN[c.dimension]} = :v{i}")
-            values[f"v{i}"] = c.value
-            continue
-        begin = dt.date.fromisoformat(c.value)
-        if c.dimension != "until":
-            where.append(f"day >= :v{i}")
-            values[f"v{i}"] = begin
-        if c.dimension != "since":
-            where.append(f"day < :w{i}")
-            values[f"w{i}"] = begin + dt.timedelta(days=width)
+
+    def name(value: object) -> str:
+        values[f"v{len(values)}"] = value
+        return f":v{len(values) - 1}"
+
+    def holds(segment: Segment) -> str:
+        parts = []
+        for c in segment.conditions:
+            if c.dimension in _COLUMN:
+                parts.append(f"{_COLUMN[c.dimension]} = {name(c.value)}")
+                continue
+            begin = dt.date.fromisoformat(c.value)
+            if c.dimension != "until":
+                parts.append(f"day >= {name(begin)}")
+            if c.dimension != "since":
+                parts.append(f"day < {name(begin + dt.timedelta(days=width))}")
+        return " AND ".join(parts)
+
+    where = [holds(causes[-1]), *(f"({holds(segment)}) IS NOT TRUE" for segment in causes[:-1])]
     rows = ask(
         "SELECT error_step, sum(executions - successes)::bigint FROM attribution_cells "  # noqa: S608 (columns of ours)
-        f"WHERE {' AND '.join(where)} GROUP BY error_step",
+        f"WHERE rule_id = :id AND executions > successes AND {' AND '.join(where)} GROUP BY error_step",
         **values,
     )
     shares = step_shares((row[0], row[1]) for row in rows)
