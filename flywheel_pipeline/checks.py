@@ -49,6 +49,8 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
     }
     if finding.sample:
         metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample, longest_cell=LONGEST_CELL))
+    for name, page in finding.pages.items():
+        metadata[name] = dg.MetadataValue.md(page)
     for name, path in finding.paths.items():
         metadata[name] = dg.MetadataValue.path(path)
     warn = check.warn if finding.severe is None else not finding.severe

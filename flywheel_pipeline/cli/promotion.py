@@ -96,14 +96,12 @@ def explain(
             },
         )
     if found["why"]:
-        from flywheel_pipeline.health.report import family_rows, segment_rows
+        from flywheel_pipeline.cli.why import print_causes
 
         out.print(f"\n[bold]Causes[/]  (as of {found['why']['as_of'][:16]}; `flywheel why` says more)")
         if found["why"]["sentence"]:
             out.print(escape(found["why"]["sentence"]), soft_wrap=True)
-        for rows in (segment_rows(found["why"]), family_rows(found["why"])):
-            if rows:
-                print_table("", rows, {key: key for key in rows[0]})
+        print_causes(found["why"])
     if found["failures"]:
         out.print()
         print_table(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import typer
 from rich.markup import escape
 
@@ -39,9 +42,8 @@ def why(
     )
     if not found.failures:
         return
+    print_causes(document)
     for title, rows in (
-        ("Where it fails", report.segment_rows(document)),
-        ("What fails", report.family_rows(document)),
         (
             "From the raw to the adjusted rate",
             [
@@ -69,3 +71,21 @@ def why(
     out.print()
     for line in report.spread_lines(found):
         out.print(escape(line), soft_wrap=True)
+
+
+def print_causes(document: Mapping[str, Any]) -> None:
+    """Print where a rule fails and what fails, each with what to do, from `report.as_json` or a kept answer."""
+    from flywheel_pipeline.health import report
+
+    for title, rows in (
+        ("Where it fails", report.segment_rows(document)),
+        ("What fails", report.family_rows(document)),
+    ):
+        if not rows:
+            continue
+        out.print()
+        shown = [key for key in rows[0] if key not in ("what to do", "most frequent error", "mostly at step", "sites")]
+        print_table(title, rows, {key: key for key in shown})
+        for row in rows:
+            # A table of so many words would be a column a word wide.
+            out.print(escape(f"  {row['cause']}: {row['what to do']}"), soft_wrap=True)

@@ -11,7 +11,7 @@ from flywheel_pipeline.checks import Check, at_batch, check_step
 from flywheel_pipeline.health import quality
 from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW, failing_rules
 from flywheel_pipeline.health.severity import since_when, streaks
-from flywheel_pipeline.health.stored import kept_attributions, update_attributions
+from flywheel_pipeline.health.stored import Kept, kept_attributions, update_attributions
 from flywheel_pipeline.quality import Finding
 
 
@@ -62,7 +62,14 @@ def no_failing_rules(connection: sa.Connection) -> Finding:
             for rule in found[:20]
         ],
         figures=figures,
+        pages={} if not found or found[0].rule_id not in kept else _why_page(kept[found[0].rule_id]),
     )
+
+
+def _why_page(answer: Kept) -> dict[str, str]:
+    """Of the worst rule: where and what fails, from the raw to the adjusted rate; of the others the table says enough."""
+    plot = f"![from the raw to the adjusted rate]({answer.plots['waterfall']})"
+    return {"why_the_first_fails": answer.page, "waterfall_of_the_first": plot}
 
 
 def _no_failing_rules(engine: sa.Engine, batch: Batch, _tags: Mapping[str, str]) -> Finding:

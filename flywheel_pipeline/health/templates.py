@@ -3,8 +3,8 @@
 Belongs here: how messages become templates, and the families of causes that templates belong to. Does not belong here:
 the masks themselves (`attribution`) and counting.
 
-`MergedTemplates` is the one in use. drain3 0.9.11 (MIT, last release July 2022) was measured beside it and is no
-dependency: benchmarks/bench_templates.py runs both on any labelled log set.
+`MergedTemplates` is the one in use. benchmarks/bench_templates.py holds it against the masks alone and drain3 (MIT, last
+release July 2022; no dependency) on a labelled log set.
 """
 
 from __future__ import annotations
@@ -82,6 +82,21 @@ def merge(templates: Iterable[str]) -> dict[str, str]:
             break
         current = {template: replaced.get(parts, parts) for template, parts in current.items()}
     return {template: " ".join(parts) for template, parts in current.items()}
+
+
+def grouping_accuracy(groups: Sequence[str], labels: Sequence[str]) -> float:
+    """Fraction of messages whose group holds exactly the messages of their label; 1 over nothing.
+
+    Raises:
+        ValueError: not one group and one label a message.
+    """
+    of_group: dict[str, set[int]] = defaultdict(set)
+    of_label: dict[str, set[int]] = defaultdict(set)
+    for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
+        of_group[group].add(i)
+        of_label[label].add(i)
+    right = sum(len(members) for members in of_label.values() if of_group[groups[min(members)]] == members)
+    return right / len(labels) if labels else 1.0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flywheel_pipeline.health.templates import (
     Templates,
     cause_families,
     family_of,
+    grouping_accuracy,
     merge,
 )
 
@@ -91,3 +92,37 @@ def test_causes_are_ranked_with_the_rate_if_they_and_all_before_were_gone() -> N
         ("failure", 15, 0.375, 1.0, "x"),
     ]
     assert cause_families([], 1, 1) == []
+
+
+def test_grouping_accuracy_counts_only_messages_whose_group_is_exactly_their_label() -> None:
+    assert grouping_accuracy(["x", "x", "y", "z"], ["a", "a", "b", "c"]) == 1.0
+    assert grouping_accuracy(["x", "x", "x", "z"], ["a", "a", "b", "c"]) == 0.25  # merged: both labels are wrong
+    assert grouping_accuracy(["x", "y", "z", "z"], ["a", "a", "b", "b"]) == 0.5  # split: the label is wrong
+    assert grouping_accuracy([], []) == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        grouping_accuracy(["x"], [])
+
+
+def test_the_failure_strings_of_the_field_are_grouped_as_their_causes() -> None:
+    """Real forms of messages, with values that vary; labelled by hand."""
+    forms = {
+        "timeout": "Execution timed out after {n}s",
+        "refused": 'create shell: Post "http://10.0.0.{n}:5985/wsman": dial tcp 10.0.0.{n}:5985: connect: connection refused',
+        "unauthorized": "create shell: http response error: 401 - invalid content type",
+        "forbidden": "create shell: http response error: 403 - invalid content type",
+        "dns": "get session: TLS pin check for ws{n}.clinic.local: dial tcp: lookup ws{n}.clinic.local on 10.0.0.1:53: no such host",
+        "action 16": "Unknown action: run_windows_runbook:RB-WIN-SEC-016",
+        "action 17": "Unknown action: run_windows_runbook:RB-WIN-SEC-017",
+        "linux": "Linux target not found: lnx-{n}",
+        "wmi": "WMI query failed: 0x8004101{n}",
+        "verify": "Phase 'verify' failed",
+        "remediate": "Phase 'remediate' failed",
+        "status 0": "ProtectionStatus=0",
+        "status 2": "ProtectionStatus=2",
+        "winrm": "no winrm credentials",
+        "ssh": "no ssh credentials",
+        "unit": "Failed to start unit-{n}.service on volume v_{n}",
+    }
+    labelled = [(form.format(n=n), label) for label, form in forms.items() for n in range(10)]
+    messages, labels = [m for m, _ in labelled], [label for _, label in labelled]
+    assert grouping_accuracy(MergedTemplates().of(messages), labels) == 1.0
