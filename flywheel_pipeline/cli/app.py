@@ -21,6 +21,7 @@ from flywheel_pipeline.cli import (
     doctor,
     pipeline,
     promotion,
+    report,
     telemetry,
     why,
 )
@@ -62,6 +63,7 @@ adopt.register(app)
 doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
+report.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")
 
