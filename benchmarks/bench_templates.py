@@ -5,7 +5,7 @@ group holds exactly the messages of their label. Bar: 0.85 on average over the s
 
 The sets are not part of this repository: give a directory with files `*_structured.csv` of Loghub (columns Content and
 EventId, such as HDFS_2k.log_structured.csv; https://github.com/logpai/loghub, free for research). Which sets are measured
-stands here, chosen before any was looked at: HDFS, Spark, Windows, Linux, OpenSSH, Zookeeper. Nothing may be tuned on
+stands here: HDFS, Spark, Windows, Linux, OpenSSH, Zookeeper. Nothing may be tuned on
 them. Exit 1 if the bar is missed; without a directory nothing is measured, said so, and the exit code is 0.
 
     python benchmarks/bench_templates.py [--directory DIR] [--quick]     # --quick: the first 500 lines of each
