@@ -103,6 +103,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         "runbooks": (_R, _I, _U),
         "policy_documents": _APPEND,
         "cusum_checkpoints": _WRITE,
+        "rule_attributions": _WRITE,
         "scope_quarantines": _APPEND,
         "alerts": (_R, _I, _U),
         "alert_events": _APPEND,

@@ -23,8 +23,8 @@ def test_an_upgraded_database_has_no_difference_and_the_check_leaves_no_trace(en
 
 
 def test_a_missing_column_is_named_with_what_it_should_be(engine: sa.Engine) -> None:
-    assert after(engine, "ALTER TABLE execution_telemetry DROP COLUMN error_step") == [
-        Difference("column execution_telemetry.error_step", "missing", "integer NULL", "")
+    assert after(engine, "ALTER TABLE execution_telemetry DROP COLUMN input_tokens") == [
+        Difference("column execution_telemetry.input_tokens", "missing", "integer NULL", "")
     ]
 
 

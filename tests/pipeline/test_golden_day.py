@@ -89,8 +89,8 @@ def test_both_runs_succeed_and_bitlocker_is_the_failing_rule_by_name(played: Pla
         assert outcome.failures == ()
         assert outcome.success
     checks = {check.name: check for check in played.outcomes[1].checks}
-    assert all(check.passed for check in checks.values() if check.severity == "ERROR")
-    failing = checks["no_failing_rules"]
+    failing = checks["no_failing_rules"]  # an error and no warning: it fails for days, in thousands of executions
+    assert [c.name for c in checks.values() if c.severity == "ERROR" and not c.passed] == ["no_failing_rules"]
     assert not failing.passed
     assert not failing.blocking
     assert "RB-AUTO-BITLOCKE succeeded in 917 of 3,057 executions (30.0 %)" in failing.sentence
