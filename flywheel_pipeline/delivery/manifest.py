@@ -66,12 +66,18 @@ class RuleRow:
 
 @dataclass(frozen=True)
 class ApplianceRow:
-    """An appliance that is to have a manifest; `capabilities` is what it reports, None if nothing."""
+    """An appliance that is to have a manifest.
+
+    Attributes:
+        capabilities: what it reports, None if nothing.
+        refused: action forms, sorted, that its agent of this release answered with `Unknown action`.
+    """
 
     appliance_id: str
     site_id: str
     agent_version: str | None
     capabilities: Any = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -304,7 +310,7 @@ def _refuse_repeats(what: str, ids: list[str]) -> None:
 
 
 def _kind_of_agent(appliance: ApplianceRow) -> str:
-    return canonical_json([appliance.agent_version, appliance.capabilities])
+    return canonical_json([appliance.agent_version, appliance.capabilities, appliance.refused])
 
 
 @dataclass(frozen=True)
@@ -318,7 +324,7 @@ class _Offer:
 
 def _offer(rule: RuleRow, appliance: ApplianceRow, catalogue: Mapping[str, RunbookRow]) -> _Offer:
     runbook_id, platform = str(rule.runbook_id), str(rule.platform)
-    capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities)
+    capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities, appliance.refused)
     if capability.ok:
         content = _entry(rule, catalogue[runbook_id], platform, capability.action)
     else:

@@ -175,7 +175,18 @@ def load_rules(conn: sa.Connection) -> list[RuleRow]:
 
 
 def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
-    """The appliances that are to have a manifest: all but the retired; renamed sites by the name in use."""
+    """The appliances that are to have a manifest: all but the retired; renamed sites by the name in use.
+
+    Each with the action forms that it has shown in telemetry not to know (`capability_findings`).
+    """
+    refused: dict[str, set[str]] = {}
+    found = conn.execute(
+        sa.text(
+            "SELECT unnest(open_on) AS appliance_id, action_form FROM capability_findings WHERE cardinality(open_on) > 0"
+        )
+    )
+    for row in found:
+        refused.setdefault(row.appliance_id, set()).add(row.action_form)
     rows = conn.execute(
         sa.text(
             """
@@ -188,7 +199,7 @@ def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
         ),
         {"clock": clock},
     )
-    return [ApplianceRow(**row) for row in rows.mappings()]
+    return [ApplianceRow(**row, refused=tuple(sorted(refused.get(row["appliance_id"], ())))) for row in rows.mappings()]
 
 
 def load_catalogue(conn: sa.Connection) -> dict[str, RunbookRow]:
