@@ -40,24 +40,28 @@ WITH told AS (
   FROM appliance_commands
   WHERE command_type = 'sync_promoted_rule' AND rule_id IS NOT NULL AND rule_version IS NOT NULL
 ),
-desired AS (
-  SELECT
-    m.appliance_id,
-    e.rule ->> 'id' AS rule_id,
-    (e.rule ->> 'version')::integer AS rule_version,
-    NULL::text AS withheld_reason
-  FROM rule_manifests AS m
-  CROSS JOIN LATERAL jsonb_array_elements(m.rules) AS e(rule)
-  WHERE e.rule ->> 'source' <> 'builtin'
+listed AS MATERIALIZED (
+  SELECT c.content_hash, r.rule_id, r.rule_version, NULL::text AS withheld_reason
+  FROM manifest_contents AS c
+  CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
   UNION ALL
   SELECT
-    m.appliance_id,
+    c.content_hash,
     w.rule ->> 'rule_id' AS rule_id,
     (w.rule ->> 'version')::integer AS rule_version,
     w.rule ->> 'reason' AS withheld_reason
-  FROM rule_manifests AS m
-  CROSS JOIN LATERAL jsonb_array_elements(m.withheld) AS w(rule)
+  FROM manifest_contents AS c
+  CROSS JOIN LATERAL jsonb_array_elements(c.withheld) AS w(rule)
   WHERE w.rule ->> 'source' <> 'builtin'
+),
+desired AS (
+  SELECT
+    m.appliance_id,
+    c.rule_id,
+    c.rule_version,
+    c.withheld_reason
+  FROM rule_manifests AS m
+  JOIN listed AS c ON c.content_hash = m.content_hash
 ),
 pairs AS (
   SELECT
@@ -98,6 +102,8 @@ executed AS (
   FROM pairs AS p
   JOIN homes AS h ON h.appliance_id = p.appliance_id
   LEFT JOIN promotions AS v ON v.rule_id = p.rule_id AND v.rule_version = p.rule_version
+  JOIN rule_site_stats AS s
+    ON s.site_id = h.site_id AND s.rule_id = p.rule_id AND s.last_at >= coalesce(p.delivered_at, v.imported_at)
   CROSS JOIN LATERAL (
     SELECT
       (

@@ -18,7 +18,9 @@ class Settings(BaseSettings):
     """One reading of the FLYWHEEL_* environment variables.
 
     `home` (default `.flywheel` in the working directory) holds the embedded database, DAGSTER_HOME and logs.
-    `database_url` unset or empty means the embedded server.
+    `database_url` unset or empty means the embedded server. `deliver_within_hours`: from promotion to delivery, and
+    from a changed manifest to the appliance's report of it; `execute_within_hours`: from delivery to the first execution
+    anywhere; `settle_within_hours`: from a command to its answer.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -27,6 +29,10 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
+    # Service levels of delivery: what takes longer is a warning with the offenders and their age. They decide nothing.
+    deliver_within_hours: float = Field(default=24.0, gt=0)
+    execute_within_hours: float = Field(default=14 * 24.0, gt=0)
+    settle_within_hours: float = Field(default=48.0, gt=0)
 
     @field_validator("home", mode="after")
     @classmethod

@@ -570,6 +570,7 @@ rule_manifests = sa.Table(
         "content_hash", sa.String(64), comment="its row of manifest_contents; null: written before there was one"
     ),
     sa.Column("commanded_hash", sa.String(64), comment="the content that its commands were last brought in line with"),
+    sa.Column("drift_since", Stamp, comment="since when the appliance has not reported this rule set; null: it has"),
     comment="Desired state: one row per appliance.",
 )
 

@@ -19,6 +19,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from flywheel_pipeline.database import tables as t
+from flywheel_pipeline.delivery.conflicts import find_conflicts, write_conflicts
 from flywheel_pipeline.delivery.manifest import (
     ApplianceRow,
     Manifest,
@@ -67,6 +68,8 @@ class ManifestReport:
             that the caller must fail on, after the commit: other rules must not stay in service for it.
         tombstones: pairs of appliance and withdrawn rule version that the appliance has not let go yet.
         tombstones_rewritten: manifests whose list of them changed.
+        shadowed: pairs of rules of which the second never fires where both are served.
+        overlaps: pairs of rules of which it depends on the incident which one fires.
     """
 
     appliances: int
@@ -78,6 +81,8 @@ class ManifestReport:
     unservable: tuple[tuple[str, str], ...] = ()
     tombstones: int = 0
     tombstones_rewritten: int = 0
+    shadowed: int = 0
+    overlaps: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,26 +157,45 @@ def clock_of(conn: sa.Connection, batch_id: int) -> datetime:
 
 
 def load_rules(conn: sa.Connection) -> list[RuleRow]:
-    """All rules, by id; `failing` where the scorecard shows enough executions and too few successes.
-
-    Enough and too few are `health.failing_rules.AT_LEAST` and `BELOW` (a fraction), for the raw rate and the
-    rated one: the raw rate alone counts hosts that are merely unreachable, the rated one alone misses
-    successes of agents that send no verification.
-    """
+    """All rules, by id; `failing` by `is_failing` on what the scorecard shows."""
     rows = conn.execute(
         sa.text(
             """
             SELECT r.rule_id, r.rule_version, r.incident_pattern, r.runbook_id, r.platform, r.source, r.state,
                    r.enabled, r.content_hash,
-                   coalesce(s.successes + s.failures >= :at_least
-                            AND s.success_rate < :below AND s.rated_rate < :below, false) AS failing
+                   coalesce(s.successes + s.failures, 0) AS rated, s.success_rate, s.rated_rate
             FROM l1_rules r LEFT JOIN rule_scorecard s USING (rule_id)
             ORDER BY r.rule_id
             """
-        ),
-        {"at_least": AT_LEAST, "below": BELOW},
+        )
     )
-    return [RuleRow(**row) for row in rows.mappings()]
+    measured = ("rated", "success_rate", "rated_rate")
+    return [
+        RuleRow(
+            **{name: value for name, value in row.items() if name not in measured},
+            failing=is_failing(row["source"], row["rated"], row["success_rate"], row["rated_rate"]),
+        )
+        for row in rows.mappings()
+    ]
+
+
+def is_failing(source: str, rated: int, success_rate: float | None, rated_rate: float | None) -> bool:
+    """Whether a rule is measured to fail and stands behind the others; see `manifest.rule_order`.
+
+    A built-in rule fails only where its raw and its rated rate are both low: the raw rate alone counts hosts that are
+    merely unreachable, the rated one alone misses successes of agents that send no verification. A promoted rule
+    fails on the rated one alone. So one that stands before a built-in rule is never below the rate at which the
+    built-in lost its place: a promoted rule never outranks a healthier built-in.
+
+    Args:
+        source: builtin or promoted.
+        rated: executions that ended in a verified success or a failure; fewer than `AT_LEAST` say too little.
+        success_rate: fraction of all executions that were reported as success.
+        rated_rate: fraction of the rated executions that were verified successes.
+    """
+    if rated < AT_LEAST or rated_rate is None or rated_rate >= BELOW:
+        return False
+    return source != "builtin" or (success_rate is not None and success_rate < BELOW)
 
 
 def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
@@ -249,6 +273,9 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
     mark_withdrawn(conn, changes, clock)
     confirm_gone(conn, clock)
     tombstones, rewritten = write_tombstones(conn, batch_id, clock)
+    conn.execute(sa.text(_NOTE_DRIFT), {"clock": clock})
+    conflicts = find_conflicts(rules, manifests)
+    write_conflicts(conn, conflicts, batch_id)
     if changed or gone:
         _drop_unused_contents(conn)
     return ManifestReport(
@@ -261,8 +288,18 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
         unservable=tuple(unservable_rules(rules, catalogue)),
         tombstones=tombstones,
         tombstones_rewritten=rewritten,
+        shadowed=sum(c.kind == "shadowed" for c in conflicts),
+        overlaps=sum(c.kind == "overlaps" for c in conflicts),
     )
 
+
+# Since when, and not how often: a manifest that changes daily must not make an appliance look young that never follows.
+_NOTE_DRIFT = """
+    UPDATE rule_manifests m SET drift_since = CASE WHEN m.drift_since IS NULL THEN :clock END
+    FROM appliances a
+    WHERE a.appliance_id = m.appliance_id
+      AND (a.reported_manifest_hash IS NOT DISTINCT FROM m.manifest_hash) = (m.drift_since IS NOT NULL)
+"""
 
 # Rules are copied from the shared content as they lie on disk, compressed: of 10,000 manifests of 500 rules (150 KB each)
 # that change at once, each is compressed once per content and not once per appliance.

@@ -202,12 +202,12 @@ def write_tombstones(conn: sa.Connection, batch_id: int, clock: datetime) -> tup
               GROUP BY c.appliance_id
             )
             UPDATE rule_manifests m SET
-              tombstones = coalesce(s.tombstones, '[]'), batch_id = :batch, built_at = :clock
+              tombstones = coalesce(s.tombstones, '[]'), batch_id = :batch
             FROM rule_manifests o LEFT JOIN stones s ON s.appliance_id = o.appliance_id
             WHERE m.appliance_id = o.appliance_id AND o.tombstones <> coalesce(s.tombstones, '[]')
             """  # noqa: S608
         ),
-        {"batch": batch_id, "clock": clock, "withdrawn_since": clock - TOMBSTONE_LIFETIME},
+        {"batch": batch_id, "withdrawn_since": clock - TOMBSTONE_LIFETIME},
     ).rowcount
     standing = conn.execute(
         sa.text("SELECT coalesce(sum(jsonb_array_length(tombstones)), 0)::bigint FROM rule_manifests")

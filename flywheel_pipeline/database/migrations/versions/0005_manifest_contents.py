@@ -48,6 +48,15 @@ def upgrade() -> None:
         ("commanded_hash", "the content that its commands were last brought in line with"),
     ):
         op.add_column("rule_manifests", sa.Column(name, sa.String(length=64), nullable=True, comment=comment))
+    op.add_column(
+        "rule_manifests",
+        sa.Column(
+            "drift_since",
+            Stamp,
+            nullable=True,
+            comment="since when the appliance has not reported this rule set; null: it has",
+        ),
+    )
     op.create_table(
         "manifest_contents",
         sa.Column("content_hash", sa.String(length=64), nullable=False, comment="of rules and withheld"),
