@@ -11,7 +11,7 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import acts, adopt, appliance, database, pipeline, promotion, telemetry
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -42,6 +42,7 @@ def root(
 
 
 pipeline.register(app)
+appliance.register(pipeline.simulate)
 telemetry.register(app)
 promotion.register(app)
 acts.register(app)
