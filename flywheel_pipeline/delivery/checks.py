@@ -1,6 +1,6 @@
 """Dagster checks of the delivery room."""
 
-from flywheel_pipeline.checks import Check, check_step, reading
+from flywheel_pipeline.checks import Check, at_batch, check_step, reading
 from flywheel_pipeline.delivery import quality, service_levels
 
 delivery_checks = check_step(
@@ -59,6 +59,13 @@ delivery_checks = check_step(
             "appliances_run_what_they_should",
             "Every live appliance reports the rule set of its manifest within the service level.",
             reading(service_levels.appliances_run_what_they_should),
+            warn=True,
+        ),
+        Check(
+            "deployments",
+            "promoted_rules_are_executed",
+            "Every promoted rule in service for 3 days was executed; else the furthest stage of its delivery is named.",
+            at_batch(quality.promoted_rules_are_executed),
             warn=True,
         ),
     ],
