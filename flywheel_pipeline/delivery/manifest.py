@@ -112,6 +112,11 @@ def manifest_hash(rules: Iterable[Mapping[str, Any]]) -> str:
     return _hash_of_texts(canonical_json(rule) for rule in rules)
 
 
+def content_hash(rules_hash: str, withheld_text: str) -> str:
+    """What names a stored content: sha256 of its manifest hash and of what it withholds, as canonical JSON."""
+    return hashlib.sha256(f"{rules_hash}{withheld_text}".encode()).hexdigest()
+
+
 def _hash_of_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256(f"[{','.join(texts)}]".encode()).hexdigest()
 

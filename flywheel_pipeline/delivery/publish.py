@@ -8,7 +8,6 @@ works inside the caller's transaction and can be repeated: a second call finds n
 # ruff: noqa: S608 (statements are put together from constants of this room; every value is bound)
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from flywheel_pipeline.delivery.manifest import (
     RunbookRow,
     build_manifests,
     canonical_json,
+    content_hash,
     unservable_rules,
 )
 from flywheel_pipeline.delivery.tombstones import (
@@ -332,7 +332,7 @@ def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[
         key = (m.manifest_hash, id(m.withheld))
         if key not in by_content:
             withheld = withheld_texts.setdefault(id(m.withheld), canonical_json(m.withheld))
-            by_content[key] = hashlib.sha256(f"{m.manifest_hash}{withheld}".encode()).hexdigest()
+            by_content[key] = content_hash(m.manifest_hash, withheld)
             distinct.setdefault(by_content[key], m)
         hashes.append(by_content[key])
     known = set(conn.execute(sa.text("SELECT content_hash FROM manifest_contents")).scalars())

@@ -101,9 +101,7 @@ def delivered_rules_are_executed_in_time(connection: sa.Connection, *, within_ho
 def appliances_run_what_they_should(connection: sa.Connection, *, within_hours: float | None = None) -> Finding:
     """Every live appliance reports the rule set of its manifest, and has let go what was withdrawn, in time."""
     limit = get_settings().deliver_within_hours if within_hours is None else within_hours
-    counts: dict[str, int] = dict(
-        connection.execute(sa.text("SELECT drift, count(*) FROM appliance_drift GROUP BY drift")).tuples().all()
-    )
+    counts = _counts(connection, "SELECT drift, count(*) FROM appliance_drift GROUP BY drift")
     rows = [
         dict(row)
         for row in connection.execute(
@@ -180,9 +178,7 @@ def commands_are_settled_in_time(connection: sa.Connection, *, within_hours: flo
         ).mappings()
     ]
     total = int(rows[0]["total"]) if rows else 0
-    counts: dict[str, int] = dict(
-        connection.execute(sa.text("SELECT status, count(*) FROM appliance_commands GROUP BY status")).tuples().all()
-    )
+    counts = _counts(connection, "SELECT status, count(*) FROM appliance_commands GROUP BY status")
     return Finding(
         passed=total == 0,
         sentence="Every command was settled in time."
@@ -201,6 +197,11 @@ def commands_are_settled_in_time(connection: sa.Connection, *, within_hours: flo
             },
         },
     )
+
+
+def _counts(connection: sa.Connection, query: str) -> dict[str, int]:
+    """The rows of a query of names and counts."""
+    return {str(row[0]): int(row[1]) for row in connection.execute(sa.text(query))}
 
 
 def _percentiles(name: str, values: list[float | None] | None) -> dict[str, float | None]:
