@@ -28,6 +28,10 @@ FEEDBACK = frozenset(
         "appliance_commands",
         "manifest_contents",
         "refresh_batches",
+        "rule_events",
+        "scope_quarantines",
+        "policy_documents",
+        "cusum_checkpoints",
     }
 )
 REFRESHED_ROOMS = ("telemetry", "aggregates", "candidates")

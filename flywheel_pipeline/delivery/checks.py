@@ -2,6 +2,7 @@
 
 from flywheel_pipeline.checks import Check, at_batch, check_step, reading
 from flywheel_pipeline.delivery import quality, service_levels
+from flywheel_pipeline.delivery.scopes import no_manifest_serves_a_quarantined_scope
 
 delivery_checks = check_step(
     "delivery_checks",
@@ -11,6 +12,12 @@ delivery_checks = check_step(
             "manifests_match_registry",
             "No manifest serves a rule that is out of service, and none forgets one that is in service everywhere.",
             reading(quality.manifests_match_registry),
+        ),
+        Check(
+            "rule_manifests",
+            "no_manifest_serves_a_quarantined_scope",
+            "No manifest serves a rule at a site, or to a release of the agent, where it is quarantined.",
+            reading(no_manifest_serves_a_quarantined_scope),
         ),
         Check(
             "deployments",

@@ -29,6 +29,7 @@ from flywheel_pipeline.delivery.manifest import (
     content_hash,
     unservable_rules,
 )
+from flywheel_pipeline.delivery.scopes import load_quarantines
 from flywheel_pipeline.delivery.tombstones import (
     ACTIVE,
     DIFFERENCES,
@@ -162,7 +163,7 @@ def load_rules(conn: sa.Connection) -> list[RuleRow]:
         sa.text(
             """
             SELECT r.rule_id, r.rule_version, r.incident_pattern, r.runbook_id, r.platform, r.source, r.state,
-                   r.enabled, r.content_hash,
+                   r.enabled, r.content_hash, r.rollout_step,
                    coalesce(s.successes + s.failures, 0) AS rated, s.success_rate, s.rated_rate
             FROM l1_rules r LEFT JOIN rule_scorecard s USING (rule_id)
             ORDER BY r.rule_id
@@ -248,7 +249,13 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
     conn.execute(_LOCK)
     clock = clock_of(conn, batch_id)
     rules, catalogue = load_rules(conn), load_catalogue(conn)
-    manifests = build_manifests(rules, load_appliances(conn, clock), catalogue, on_unservable="leave_out")
+    manifests = build_manifests(
+        rules,
+        load_appliances(conn, clock),
+        catalogue,
+        on_unservable="leave_out",
+        quarantines=load_quarantines(conn),
+    )
     hashes = _write_contents(conn, manifests)
     standing = {
         row.appliance_id: (row.site_id, row.content_hash)
