@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -130,7 +130,10 @@ class Api:
     def send(self, rows: Any, token: str | None = None, **headers: str) -> httpx.Response:
         """Post executions as JSON (or bytes as they are)."""
         content = rows if isinstance(rows, bytes) else json.dumps(rows).encode()
-        known = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        known = {
+            "Content-Type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         return self.client.post("/api/agent/executions", content=content, headers=bearer(token or self.a, **known))
 
     def sync(self, token: str | None = None, **headers: str) -> httpx.Response:
@@ -174,8 +177,6 @@ def served(engine: sa.Engine, home: Path, workers: int = 1) -> Iterator[tuple[st
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()

@@ -195,8 +195,18 @@ def test_a_retry_lands_what_is_the_appliances_own_with_its_id_filled_in(api: Api
 
 def test_a_colleague_of_the_same_site_may_be_named_and_nobody_else(api: Api) -> None:
     enrol(api.engine, "site-a-02", "site-a")
-    answer = api.send([post("e1", appliance_id="site-a-02"), post("e2", appliance_id="site-b-01"), post("e3", appliance_id="site-a-99")])
-    assert [row.get("reason_code") for row in answer.json()["results"]] == [None, "foreign_appliance", "foreign_appliance"]
+    answer = api.send(
+        [
+            post("e1", appliance_id="site-a-02"),
+            post("e2", appliance_id="site-b-01"),
+            post("e3", appliance_id="site-a-99"),
+        ]
+    )
+    assert [row.get("reason_code") for row in answer.json()["results"]] == [
+        None,
+        "foreign_appliance",
+        "foreign_appliance",
+    ]
 
 
 def test_a_renamed_site_reports_under_both_names_while_the_alias_holds(api: Api) -> None:
@@ -213,7 +223,10 @@ def test_a_renamed_site_reports_under_both_names_while_the_alias_holds(api: Api)
     assert outcomes(answer) == ["inserted", "inserted", "rejected", "rejected", "rejected"]
     # And the other way round: a token that was issued before the renaming.
     token = enrol(api.engine, "old-01", "renamed")
-    assert outcomes(api.send([post("x1", site_id="site-a"), post("x2", site_id="renamed")], token=token)) == ["inserted"] * 2
+    assert (
+        outcomes(api.send([post("x1", site_id="site-a"), post("x2", site_id="renamed")], token=token))
+        == ["inserted"] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,8 +285,16 @@ def test_a_gzip_bomb_is_given_up_before_it_fills_the_memory(api: Api) -> None:
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        (b'{"site_id":"site-a","reported_at":"2026-01-01T00:00:00Z","execution":' + b'{"tags":' * 5_000, "invalid_json"),
-        (b'{"site_id":"site-a","reported_at":"2026-01-01T00:00:00Z","execution":{"error_step":' + b"9" * 100_000 + b"}}", None),
+        (
+            b'{"site_id":"site-a","reported_at":"2026-01-01T00:00:00Z","execution":' + b'{"tags":' * 5_000,
+            "invalid_json",
+        ),
+        (
+            b'{"site_id":"site-a","reported_at":"2026-01-01T00:00:00Z","execution":{"error_step":'
+            + b"9" * 100_000
+            + b"}}",
+            None,
+        ),
         (b'{"site_id":"site-a\\u0000"}', None),
         (b"\x00", "nul_character"),
         (b'"\xed\xa0\x80"', None),

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.supervisors import Multiprocess
 
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.settings import Settings, get_settings
@@ -29,6 +31,10 @@ from flywheel_pipeline.serve import require_free_port
 _WORKERS: Final = "FLYWHEEL_API_WORKERS"
 _STOP_SECONDS: Final = 10
 _CONNECTIONS: Final = 1_000
+_BACKLOG: Final = 512
+#: A worker that does not answer its supervisor for so long is replaced. uvicorn's 5 s are shorter than the start of a
+#: worker on a busy machine, and each one was killed while it started.
+_SILENT_SECONDS: Final = 60
 
 
 def worker() -> FastAPI:
@@ -58,30 +64,49 @@ def serve(settings: Settings, *, host: str, port: int, workers: int) -> None:
     Raises:
         PortInUse: the port is taken.
     """
-    require_free_port(host, port, hint="Stop what listens there, or choose another port: flywheel serve --port 8001.")
+    listener = _listener(host, port)
     counters = Path(tempfile.mkdtemp(prefix="flywheel-api-"))
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counters)
     os.environ[_WORKERS] = str(workers)
     os.environ["FLYWHEEL_HOME"] = str(settings.home)
+    config = uvicorn.Config(
+        "flywheel_pipeline.delivery.api.server:worker",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        http=BoundedHttp,
+        ws="none",
+        loop="uvloop" if sys.platform != "win32" else "auto",
+        interface="asgi3",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_CONNECTIONS,
+        backlog=_BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+        timeout_worker_healthcheck=_SILENT_SECONDS,
+    )
     try:
-        uvicorn.run(
-            "flywheel_pipeline.delivery.api.server:worker",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            http=BoundedHttp,
-            ws="none",
-            loop="uvloop" if sys.platform != "win32" else "auto",
-            interface="asgi3",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
-            backlog=512,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=_STOP_SECONDS,
-        )
+        if workers == 1:
+            uvicorn.Server(config).run(sockets=[listener])
+        else:
+            Multiprocess(config, sockets=[listener]).run()
     finally:
+        listener.close()
         shutil.rmtree(counters, ignore_errors=True)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """The socket that all workers accept from. It listens before they have started: who calls early waits, and nobody
+    else gets the port meanwhile.
+    """
+    require_free_port(host, port, hint="Stop what listens there, or choose another port: flywheel serve --port 8001.")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(_BACKLOG)
+    listener.set_inheritable(True)
+    return listener
