@@ -11,7 +11,7 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, api, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import acts, adopt, alerts, api, backup, database, docs, doctor, pipeline, promotion, telemetry
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -46,8 +46,12 @@ telemetry.register(app)
 promotion.register(app)
 acts.register(app)
 adopt.register(app)
+doctor.register(app)
+backup.register(app)
+app.add_typer(alerts.app, name="alerts")
 api.register(app)
 app.add_typer(database.app, name="db")
+app.add_typer(docs.app, name="docs")
 
 
 def main() -> None:

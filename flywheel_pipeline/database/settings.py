@@ -18,7 +18,8 @@ class Settings(BaseSettings):
     """One reading of the FLYWHEEL_* environment variables.
 
     `home` (default `.flywheel` in the working directory) holds the embedded database, DAGSTER_HOME and logs.
-    `database_url` unset or empty means the embedded server.
+    `database_url` unset or empty means the embedded server. `alert_urls` holds Apprise URLs separated by white space,
+    `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -31,13 +32,16 @@ class Settings(BaseSettings):
     api_port: int = Field(default=8000, ge=1, le=65535)
     api_workers: int = Field(default=2, ge=1, le=64)
     api_metrics_token: SecretStr | None = None
+    ui_url: str | None = None
+    alert_urls: SecretStr | None = None
+    alert_rules: Path | None = None
 
     @field_validator("home", mode="after")
     @classmethod
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", "api_metrics_token", mode="before")
+    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value
