@@ -11,7 +11,19 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, alerts, api, backup, database, docs, doctor, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import (
+    acts,
+    adopt,
+    alerts,
+    api,
+    backup,
+    database,
+    docs,
+    doctor,
+    pipeline,
+    promotion,
+    telemetry,
+)
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 

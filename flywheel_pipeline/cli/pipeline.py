@@ -78,7 +78,7 @@ def up(
     from flywheel_pipeline.health.alerting.channels import get_alerting
     from flywheel_pipeline.health.alerting.watch import DaemonWatch
     from flywheel_pipeline.run import dagster_instance
-        from flywheel_pipeline.serve import API_PORT_HINT, require_free_port, start
+    from flywheel_pipeline.serve import API_PORT_HINT, require_free_port, start
 
     settings = get_settings()
     alerting = get_alerting(settings)

@@ -24,7 +24,7 @@ def queue(engine: sa.Engine, appliance_id: str = "site-a-01", rule_id: str = "RB
             connection.execute(
                 sa.text(
                     "INSERT INTO appliance_commands (appliance_id, command_type, params, rule_id, rule_version) "
-                    "VALUES (:appliance, 'sync_promoted_rule', jsonb_build_object('rule_id', :rule), :rule, 1) RETURNING id"
+                    "VALUES (:appliance, 'sync_promoted_rule', jsonb_build_object('rule_id', CAST(:rule AS text)), :rule, 1) RETURNING id"
                 ),
                 {"appliance": appliance_id, "rule": rule_id},
             ).scalar_one()
@@ -257,7 +257,7 @@ def test_metrics_are_not_for_appliances_nor_for_other_machines(api: Api) -> None
             assert remote.get("/metrics", headers=headers).status_code == 403
     with TestClient(create_app(api.engine), client=("127.0.0.1", 5)) as proxied:
         assert proxied.get("/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 403
-    with TestClient(create_app(api.engine, metrics_token="s3cret"), client=("192.0.2.1", 5)) as remote:
+    with TestClient(create_app(api.engine, metrics_token="s3cret"), client=("192.0.2.1", 5)) as remote:  # noqa: S106
         assert remote.get("/metrics", headers=bearer("s3cret")).status_code == 200
         assert remote.get("/metrics", headers=bearer("other")).status_code == 401
         assert remote.get("/metrics").status_code == 401
