@@ -15,6 +15,7 @@ from flywheel_pipeline.cli import (
     acts,
     adopt,
     alerts,
+    api,
     appliance,
     backup,
     database,
@@ -62,6 +63,7 @@ adopt.register(app)
 doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
+api.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")
 

@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=1, le=65535)
+    api_workers: int = Field(default=2, ge=1, le=64)
+    api_metrics_token: SecretStr | None = None
     ui_url: str | None = None
     alert_urls: SecretStr | None = None
     alert_rules: Path | None = None
@@ -43,7 +47,7 @@ class Settings(BaseSettings):
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", mode="before")
+    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value

@@ -222,6 +222,11 @@ appliance_commands = sa.Table(
         unique=True,
         postgresql_where=sa.text("rule_id IS NOT NULL"),
     ),
+    sa.Index(
+        "appliance_commands_open_idx",
+        "appliance_id",
+        postgresql_where=sa.text("status IN ('pending', 'delivered')"),
+    ),
     sa.CheckConstraint(
         "status IN ('pending', 'delivered', 'acknowledged', 'failed', 'expired', 'superseded')", name="status"
     ),
