@@ -81,7 +81,9 @@ SELECT
   d.state_reported_at,
   d.drift::text AS drift,
   d.since,
-  greatest(extract(epoch FROM k.now_at - d.since) / 3600, 0)::double precision AS drift_hours,
+  CASE
+    WHEN d.since IS NOT NULL THEN greatest(extract(epoch FROM k.now_at - d.since) / 3600, 0)
+  END::double precision AS drift_hours,
   d.tombstones::integer AS tombstones,
   coalesce(w.never_delivered, 0)::bigint AS never_delivered
 FROM dated AS d

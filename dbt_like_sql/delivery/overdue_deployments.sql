@@ -18,7 +18,7 @@ columns:
   problem: [text, never_delivered or never_executed]
   live: [boolean, "whether the appliance was heard of within seven days of that clock; nobody else can fetch anything"]
   since: [timestamptz, "promotion or queueing, whichever is later, for never_delivered; delivery for never_executed"]
-  age_hours: [double precision, hours since then]
+  age_hours: [double precision, hours since then; null where nobody knows]
   command_status: [text, state of its command; null where none was queued]
 consumers: [the checks of the service levels]
 ---*/
@@ -46,7 +46,9 @@ SELECT
   w.problem::text AS problem,
   coalesce(a.status = 'online' AND a.last_checkin >= k.now_at - interval '7 days', false) AS live,
   w.since,
-  greatest(extract(epoch FROM k.now_at - w.since) / 3600, 0)::double precision AS age_hours,
+  CASE
+    WHEN w.since IS NOT NULL THEN greatest(extract(epoch FROM k.now_at - w.since) / 3600, 0)
+  END::double precision AS age_hours,
   w.command_status
 FROM waiting AS w
 CROSS JOIN clock AS k

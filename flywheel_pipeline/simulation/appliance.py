@@ -247,6 +247,11 @@ class Agent:
         """Posts and answers to commands that the server does not have yet."""
         return len(self._queue) + len(self._answers)
 
+    @property
+    def executions(self) -> int:
+        """Executions so far, reported or not."""
+        return self._number
+
     def upgrade(self, agent_version: str, knows: frozenset[str] | None = None) -> None:
         """Run another release from now on; it says so with its next report."""
         from dataclasses import replace
@@ -429,16 +434,21 @@ class Agent:
             posts = [
                 {"site_id": self.profile.site_id, "reported_at": clock.isoformat(), "execution": row} for row in rows
             ]
-            answer = self._ask("POST", "/api/agent/executions", body=posts)
-            _require(answer, 200, "report its executions")
-            told = answer.json
+            told = self._posted(posts)
             self.counts["sent"] += len(rows)
             for outcome in ("inserted", "corrected", "unchanged", "rejected"):
                 self.counts[f"row_{outcome}"] += told[outcome]
             if self._rng.random() < self._resend_share:
                 self.counts["resent"] += len(rows)
-                _require(self._ask("POST", "/api/agent/executions", body=posts), 200, "report its executions again")
+                self._posted(posts)
             del self._queue[: len(rows)]
+
+    def _posted(self, posts: list[dict[str, Any]]) -> Any:
+        answer = self._ask("POST", "/api/agent/executions", body=posts)
+        # A batch of which every row was refused is done with as well: each stands among the rejects, with its reason.
+        if answer.status != 422 or "results" not in answer.json:
+            _require(answer, 200, "report its executions")
+        return answer.json
 
     def _acknowledge(self) -> None:
         for command_id, failure in list(self._answers.items()):

@@ -21,8 +21,8 @@ class Fleet:
         """Work on `conn`, in its transaction."""
         self.conn = conn
 
-    def batch(self, as_of: datetime = NOON) -> int:
-        """Open a batch at a given clock; returns its id."""
+    def batch(self, as_of: datetime | None = NOON) -> int:
+        """Open a batch at a given clock (None: the real one); returns its id."""
         row = {"run": f"run-{next(_numbers)}", "as_of": as_of}
         statement = """
             INSERT INTO refresh_batches (run_id, policy_name, policy_hash, as_of)
