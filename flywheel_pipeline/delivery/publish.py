@@ -326,7 +326,7 @@ _INSERT_MANIFESTS = """
     JOIN manifest_contents c USING (content_hash)
     WHERE NOT EXISTS (SELECT FROM rule_manifests m WHERE m.appliance_id = d.appliance_id)
 """
-CONTENTS_PER_STATEMENT = 50  # of 150 KB each
+CONTENTS_PER_STATEMENT = 200  # of 150 KB each, put together of a few thousand entries
 
 
 def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[str]:
@@ -343,35 +343,41 @@ def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[
             distinct.setdefault(by_content[key], m)
         hashes.append(by_content[key])
     known = set(conn.execute(sa.text("SELECT content_hash FROM manifest_contents")).scalars())
-    texts: dict[int, str] = {}
-
-    def text_of(entry: dict[str, Any]) -> str:
-        # Contents share their entries: each is written as text once.
-        if id(entry) not in texts:
-            texts[id(entry)] = canonical_json(entry)
-        return texts[id(entry)]
-
     fresh = sorted(distinct.keys() - known)
     for start in range(0, len(fresh), CONTENTS_PER_STATEMENT):
         part = [(content, distinct[content]) for content in fresh[start : start + CONTENTS_PER_STATEMENT]]
         promoted = [sorted((r["id"], r["version"]) for r in m.rules if r["source"] != "builtin") for _, m in part]
+        # Contents share their entries: each is sent once, and put together where they are stored.
+        entries: dict[int, tuple[int, str]] = {}
+        for _, m in part:
+            for entry in m.rules:
+                if id(entry) not in entries:
+                    entries[id(entry)] = (len(entries) + 1, canonical_json(entry))
         conn.execute(
             sa.text(
                 """
+                WITH entries AS MATERIALIZED (
+                  SELECT no::integer AS no, entry FROM jsonb_array_elements(CAST(:entries AS jsonb)) WITH ORDINALITY AS e(entry, no)
+                )
                 INSERT INTO manifest_contents (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions)
-                SELECT d.content_hash, d.manifest_hash, d.rules::jsonb, d.withheld::jsonb, d.rule_count,
+                SELECT d.content_hash, d.manifest_hash, r.rules, d.withheld::jsonb, d.rule_count,
                        ARRAY(SELECT jsonb_array_elements_text(d.ids::jsonb)),
                        ARRAY(SELECT jsonb_array_elements_text(d.versions::jsonb)::integer)
-                FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:rules AS text[]),
+                FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:numbers AS text[]),
                             CAST(:withheld AS text[]), CAST(:counts AS integer[]), CAST(:ids AS text[]),
                             CAST(:versions AS text[]))
-                  AS d(content_hash, manifest_hash, rules, withheld, rule_count, ids, versions)
+                  AS d(content_hash, manifest_hash, numbers, withheld, rule_count, ids, versions)
+                CROSS JOIN LATERAL (
+                  SELECT coalesce(jsonb_agg(e.entry ORDER BY n.place), '[]') AS rules
+                  FROM unnest(CAST(d.numbers AS integer[])) WITH ORDINALITY AS n(no, place) JOIN entries e USING (no)
+                ) AS r
                 """
             ),
             {
+                "entries": f"[{','.join(text for _, text in entries.values())}]",
                 "contents": [content for content, _ in part],
                 "hashes": [m.manifest_hash for _, m in part],
-                "rules": [f"[{','.join(map(text_of, m.rules))}]" for _, m in part],
+                "numbers": ["{" + ",".join(str(entries[id(entry)][0]) for entry in m.rules) + "}" for _, m in part],
                 "withheld": [withheld_texts[id(m.withheld)] for _, m in part],
                 "counts": [len(m.rules) for _, m in part],
                 "ids": [json.dumps([rule_id for rule_id, _ in listed]) for listed in promoted],
