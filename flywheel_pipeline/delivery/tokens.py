@@ -61,6 +61,7 @@ class Caller:
 
     token_id: int
     appliance_id: str
+    site_id: str
     sites: frozenset[str]
     checkin_due: bool
 
@@ -233,7 +234,7 @@ def authenticate(connection: psycopg.Connection[Any], token: str) -> Caller:
     sites = frozenset(row.sites)
     if row.site_id not in sites:
         raise TokenRefused("moved_appliance", "The appliance of this token is registered at another site now.")
-    return Caller(row.token_id, row.appliance_id, sites, row.checkin_due)
+    return Caller(row.token_id, row.appliance_id, row.site_id, sites, row.checkin_due)
 
 
 def check_in(connection: psycopg.Connection[Any], appliance_id: str) -> None:

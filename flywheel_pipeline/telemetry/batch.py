@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any, Final
 
 import psycopg
-import sqlalchemy as sa
 
 from flywheel_pipeline.telemetry.contract import LINE_LIMIT_BYTES, ParsedRow, Reject, parse_line
 from flywheel_pipeline.telemetry.intake import Outcome, PostResult
@@ -36,29 +35,33 @@ class BatchResult:
     counts: Counter[Outcome] = field(default_factory=Counter)
 
 
-def take_batch(
-    engine: sa.Engine, payloads: Sequence[bytes], reporter: Reporter, *, received_at: datetime
-) -> BatchResult:
-    """Take in posts of one appliance, each as its own bytes; when this returns, all of it is committed.
+def parse_batch(payloads: Sequence[bytes], *, received_at: datetime) -> list[ParsedRow | Reject]:
+    """Read posts that arrive now, before any transaction is open."""
+    return [parse_line(payload, None, received_at=received_at, live=True) for payload in payloads]
 
-    `received_at` (aware) is their arrival. Good rows land, the others go to the rejects under the reporter as source,
+
+def take_batch(
+    connection: psycopg.Connection[Any],
+    payloads: Sequence[bytes],
+    outcomes: list[ParsedRow | Reject],
+    reporter: Reporter,
+    *,
+    received_at: datetime,
+) -> BatchResult:
+    """Take in posts of one appliance, inside the caller's open transaction, which commits them all.
+
+    `outcomes` are the payloads as `parse_batch` read them. `received_at` (aware) is their arrival. Good rows land, the others go to the rejects under the reporter as source,
     where the same bytes are one reject however often they are sent. Doing it again changes nothing.
 
-    Raises psycopg.OperationalError or sa.exc.OperationalError when the database goes away; nothing landed then, or
-    all of it did and sending it again is recognised.
+    Raises psycopg.OperationalError when the database goes away; nothing landed then, or all of it did (it went away
+    during the commit) and sending it again is recognised.
     """
-    outcomes: list[ParsedRow | Reject] = [
-        parse_line(payload, None, received_at=received_at, live=True) for payload in payloads
-    ]
-    with engine.begin() as outer:
-        connection = outer.connection.driver_connection
-        assert isinstance(connection, psycopg.Connection)  # noqa: S101 - engine.DRIVER
-        _hold_to_scope(connection, outcomes, reporter)
-        rows = [(position, row) for position, row in enumerate(outcomes) if isinstance(row, ParsedRow)]
-        landed = land(connection, [row for _, row in rows], tell=True)
-        refused = {position: row for position, row in enumerate(outcomes) if isinstance(row, Reject)}
-        refused |= {rows[position][0]: reject for position, reject in landed.refused.items()}
-        reject_ids = _record(connection, reporter.source, received_at, refused, payloads)
+    _hold_to_scope(connection, outcomes, reporter)
+    rows = [(position, row) for position, row in enumerate(outcomes) if isinstance(row, ParsedRow)]
+    landed = land(connection, [row for _, row in rows], tell=True)
+    refused = {position: row for position, row in enumerate(outcomes) if isinstance(row, Reject)}
+    refused |= {rows[position][0]: reject for position, reject in landed.refused.items()}
+    reject_ids = _record(connection, reporter.source, received_at, refused, payloads)
     told: list[PostResult | None] = [None] * len(payloads)
     for position, reject in refused.items():
         row = outcomes[position]
@@ -115,10 +118,7 @@ def _record(
 
 
 def record_unreadable(
-    engine: sa.Engine, payload: bytes, reject: Reject, reporter: Reporter, *, received_at: datetime
+    connection: psycopg.Connection[Any], payload: bytes, reject: Reject, reporter: Reporter, *, received_at: datetime
 ) -> int:
     """Keep a whole body that could not be taken apart into rows, cut at the limit of a line; return the reject's id."""
-    with engine.begin() as outer:
-        connection = outer.connection.driver_connection
-        assert isinstance(connection, psycopg.Connection)  # noqa: S101 - engine.DRIVER
-        return _record(connection, reporter.source, received_at, {0: reject}, [payload])[0]
+    return _record(connection, reporter.source, received_at, {0: reject}, [payload])[0]

@@ -77,20 +77,14 @@ async def acknowledge(request: Request) -> Response:
     command_id = UUID(named)
     report = await small_json(request, Acknowledgement, empty=b"{}")
     answer = await worker_of(request).connections.write(
-        lambda engine: _acknowledged(engine, caller, command_id, report.failure)
+        caller, lambda connection: _acknowledged(connection, caller, command_id, report.failure)
     )
     return json_response(answer)
 
 
-def _acknowledged(engine: sa.Engine, caller: Caller, command_id: UUID, failure: str | None) -> dict[str, Any]:
+def _acknowledged(connection: sa.Connection, caller: Caller, command_id: UUID, failure: str | None) -> dict[str, Any]:
     try:
-        with engine.begin() as connection:
-            changed = acknowledge_command(
-                connection, caller.appliance_id, command_id, datetime.now(UTC), failure=failure
-            )
-            status = connection.execute(
-                sa.text("SELECT status FROM appliance_commands WHERE id = :id"), {"id": command_id}
-            ).scalar_one()
+        changed = acknowledge_command(connection, caller.appliance_id, command_id, datetime.now(UTC), failure=failure)
     except UsageError:
         # The same answer whether the command is another's or nobody's.
         raise Problem(
@@ -99,6 +93,9 @@ def _acknowledged(engine: sa.Engine, caller: Caller, command_id: UUID, failure: 
             "This appliance has no such command.",
             "Fetch the commands again: GET /agent/sync.",
         ) from None
+    status = connection.execute(
+        sa.text("SELECT status FROM appliance_commands WHERE id = :id"), {"id": command_id}
+    ).scalar_one()
     return {"id": str(command_id), "status": status, "changed": changed}
 
 
@@ -111,33 +108,34 @@ async def report_state(request: Request) -> Response:
         [] if report.site_id is None else [report.site_id],
         [] if report.appliance_id is None else [report.appliance_id],
     )
-    return json_response(await worker_of(request).connections.write(lambda engine: _recorded(engine, caller, report)))
+    return json_response(
+        await worker_of(request).connections.write(caller, lambda connection: _recorded(connection, caller, report))
+    )
 
 
-def _recorded(engine: sa.Engine, caller: Caller, report: StateReport) -> dict[str, Any]:
+def _recorded(connection: sa.Connection, caller: Caller, report: StateReport) -> dict[str, Any]:
     capabilities = None if report.capabilities is None else sorted({form.rstrip(":") for form in report.capabilities})
-    with engine.begin() as connection:
-        recorded_at = connection.execute(
-            sa.text(
-                """
-                UPDATE appliances SET agent_version = :version, capabilities = CAST(:capabilities AS jsonb),
-                  reported_manifest_hash = :hash, state_reported_at = now(), last_checkin = greatest(last_checkin, now()),
-                  status = CASE WHEN status = 'offline' THEN 'online' ELSE status END
-                WHERE appliance_id = :appliance AND status <> 'retired'
-                RETURNING state_reported_at
-                """
-            ).bindparams(sa.bindparam("capabilities", type_=sa.JSON(none_as_null=True))),
-            {
-                "version": report.agent_version,
-                "capabilities": capabilities,
-                "hash": report.manifest_hash,
-                "appliance": caller.appliance_id,
-            },
-        ).scalar_one_or_none()
-        desired = connection.execute(
-            sa.text("SELECT manifest_hash FROM rule_manifests WHERE appliance_id = :appliance"),
-            {"appliance": caller.appliance_id},
-        ).scalar_one_or_none()
+    recorded_at = connection.execute(
+        sa.text(
+            """
+            UPDATE appliances SET agent_version = :version, capabilities = CAST(:capabilities AS jsonb),
+              reported_manifest_hash = :hash, state_reported_at = now(), last_checkin = greatest(last_checkin, now()),
+              status = CASE WHEN status = 'offline' THEN 'online' ELSE status END
+            WHERE appliance_id = :appliance AND status <> 'retired'
+            RETURNING state_reported_at
+            """
+        ).bindparams(sa.bindparam("capabilities", type_=sa.JSON(none_as_null=True))),
+        {
+            "version": report.agent_version,
+            "capabilities": capabilities,
+            "hash": report.manifest_hash,
+            "appliance": caller.appliance_id,
+        },
+    ).scalar_one_or_none()
+    desired = connection.execute(
+        sa.text("SELECT manifest_hash FROM rule_manifests WHERE appliance_id = :appliance"),
+        {"appliance": caller.appliance_id},
+    ).scalar_one_or_none()
     if recorded_at is None:
         raise Problem(403, "retired_appliance", "The appliance is not in service.", "Ask your operator.")
     return {

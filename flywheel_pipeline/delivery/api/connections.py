@@ -1,4 +1,4 @@
-"""The database as the handlers see it: an engine for transactions, and one autocommit connection per reading thread.
+"""The database as the handlers see it: a transaction of one appliance, and an autocommit connection per reading thread.
 
 Belongs here: connections and what to do when the database goes away. Does not belong here: any query. A pool with a
 liveness probe before each use doubles the round trips of a request that has one query; a connection that turns out to
@@ -12,12 +12,13 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import psycopg
 import sqlalchemy as sa
 
 from flywheel_pipeline.delivery.api.problems import Problem
+from flywheel_pipeline.delivery.tokens import Caller
 
 _log = logging.getLogger("flywheel.api")
 Result = TypeVar("Result")
@@ -27,8 +28,20 @@ READERS = 4
 WRITERS = 4
 
 
+_SPEAK: Final = "SELECT set_config('flywheel.site_id', %s, true), set_config('flywheel.appliance_id', %s, true)"
+
+
+def speak_for(connection: psycopg.Connection[Any], caller: Caller) -> None:
+    """Begin the transaction of an authenticated appliance: it speaks for that one until it ends, as row security reads.
+
+    Every statement that an appliance's request makes runs behind this, but for the look-up of its token and its sign of
+    life, which precede it.
+    """
+    connection.execute(_SPEAK, (caller.site_id, caller.appliance_id))
+
+
 class Connections:
-    """Runs database work in threads: `read` on the thread's own connection, `write` with the engine."""
+    """Runs database work in threads: `read` on the thread's own connection, `write` in a transaction of the caller."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
@@ -45,13 +58,27 @@ class Connections:
         """
         return await self._run(self._readers, lambda: self._read(work))
 
-    async def write(self, work: Callable[[sa.Engine], Result]) -> Result:
-        """Run work that opens its own transactions; it is not repeated.
+    async def write(self, caller: Caller, work: Callable[[sa.Connection], Result]) -> Result:
+        """Run work in one transaction of the caller, committed when this returns; it is not repeated.
 
         Raises:
             Problem: 503, the database went away or refused to go on.
         """
-        return await self._run(self._writers, lambda: work(self.engine))
+
+        def in_transaction() -> Result:
+            with self.engine.begin() as connection:
+                speak_for(driver_of(connection), caller)
+                return work(connection)
+
+        return await self.compute(in_transaction)
+
+    async def compute(self, work: Callable[[], Result]) -> Result:
+        """Run work that would hold up the event loop.
+
+        Raises:
+            Problem: 503, as `write`.
+        """
+        return await self._run(self._writers, work)
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
         try:
@@ -93,6 +120,13 @@ class Connections:
         for connection in self._opened:
             connection.close()
         self.engine.dispose()
+
+
+def driver_of(connection: sa.Connection) -> psycopg.Connection[Any]:
+    """The driver's connection, in the same transaction."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)  # noqa: S101 - engine.DRIVER
+    return driver
 
 
 def first_line(error: BaseException) -> str:

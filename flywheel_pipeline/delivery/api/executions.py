@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import sqlalchemy as sa
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,11 +24,12 @@ from flywheel_pipeline.delivery.api.bodies import (
     require_encoding,
     rows_of,
 )
+from flywheel_pipeline.delivery.api.connections import driver_of
 from flywheel_pipeline.delivery.api.limits import Limits
 from flywheel_pipeline.delivery.api.metrics import ROWS
 from flywheel_pipeline.delivery.api.problems import Problem, json_response
 from flywheel_pipeline.delivery.api.state import admit_alone, worker_of
-from flywheel_pipeline.telemetry.batch import BatchResult, record_unreadable, take_batch
+from flywheel_pipeline.telemetry.batch import BatchResult, parse_batch, record_unreadable, take_batch
 from flywheel_pipeline.telemetry.contract import Reject
 from flywheel_pipeline.telemetry.intake import PostResult
 from flywheel_pipeline.telemetry.reporters import Reporter
@@ -44,11 +44,31 @@ async def post_executions(request: Request) -> Response:
     with worker.gate.entered(caller.appliance_id):
         body = await read_body(request, worker.limits.body_bytes, worker.limits.body_seconds)
         reporter = Reporter(caller.appliance_id, caller.sites)
-        request_of = _Request(body, kind, gzipped, reporter, datetime.now(UTC))
-        rows = await worker.connections.write(lambda engine: request_of.taken_apart(engine, worker.limits))
+        received_at = datetime.now(UTC)
+        try:
+            rows = await worker.connections.compute(lambda: _taken_apart(body, kind, gzipped, worker.limits))
+        except UnreadableBody as error:
+            reject = Reject(error.code, error.reason)
+            reject_id = await worker.connections.write(
+                caller,
+                lambda connection: record_unreadable(
+                    driver_of(connection), body, reject, reporter, received_at=received_at
+                ),
+            )
+            raise Problem(
+                422,
+                error.code,
+                error.reason,
+                "Correct it or send NDJSON, in which a broken line spoils no other; it is kept among the rejects.",
+                reject_id=reject_id,
+            ) from None
         worker.rates.rows(caller.appliance_id, len(rows.payloads))
+        parsed = await worker.connections.compute(lambda: parse_batch(rows.payloads, received_at=received_at))
         result = await worker.connections.write(
-            lambda engine: take_batch(engine, rows.payloads, reporter, received_at=request_of.received_at)
+            caller,
+            lambda connection: take_batch(
+                driver_of(connection), rows.payloads, parsed, reporter, received_at=received_at
+            ),
         )
     for outcome, count in result.counts.items():
         ROWS.labels(outcome).inc(count)
@@ -61,29 +81,9 @@ class _Rows:
     single: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    body: bytes
-    kind: str
-    gzipped: bool
-    reporter: Reporter
-    received_at: datetime
-
-    def taken_apart(self, engine: sa.Engine, limits: Limits) -> _Rows:
-        """The rows of the body; a body that has none to be told apart is kept as one reject, and refused."""
-        try:
-            body = inflate(self.body, limits.inflated_bytes) if self.gzipped else self.body
-            return _Rows(*rows_of(body, self.kind, limits))
-        except UnreadableBody as error:
-            reject = Reject(error.code, error.reason)
-            reject_id = record_unreadable(engine, self.body, reject, self.reporter, received_at=self.received_at)
-            raise Problem(
-                422,
-                error.code,
-                error.reason,
-                "Correct it or send NDJSON, in which a broken line spoils no other; it is kept among the rejects.",
-                reject_id=reject_id,
-            ) from None
+def _taken_apart(body: bytes, kind: str, gzipped: bool, limits: Limits) -> _Rows:
+    """The rows of the body. Raises UnreadableBody for one that has none to be told apart, Problem (413, 422)."""
+    return _Rows(*rows_of(inflate(body, limits.inflated_bytes) if gzipped else body, kind, limits))
 
 
 def _answer(result: BatchResult, single: bool) -> Response:

@@ -235,7 +235,9 @@ async def health(request: Request) -> Response:
             return {"code": "database", "reason": "The database cannot be used.", "hint": "See the server's log."}
         return {}
 
-    problem = await worker_of(request).connections.write(lambda engine: observed.health.get(lambda: look(engine)))
+    problem = await worker_of(request).connections.compute(
+        lambda: observed.health.get(lambda: look(worker_of(request).connections.engine))
+    )
     if problem:
         return json_response({"status": "failing", **problem}, 503, {"Retry-After": "5"})
     return json_response({"status": "ok", "database": "reachable", "schema": "current"})

@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import psycopg
-import sqlalchemy as sa
 from psycopg.rows import namedtuple_row
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flywheel_pipeline.delivery.api.connections import speak_for
 from flywheel_pipeline.delivery.api.problems import Problem
 from flywheel_pipeline.delivery.api.state import admit, worker_of
 from flywheel_pipeline.delivery.publish import take_commands
@@ -119,7 +119,9 @@ async def sync(request: Request) -> Response:
             headers={"Retry-After": "60"},
         )
     if head.pending:
-        await worker_of(request).connections.write(lambda engine: _mark_delivered(engine, caller))
+        await worker_of(request).connections.write(
+            caller, lambda connection: take_commands(connection, caller.appliance_id, datetime.now(UTC))
+        )
     tag = head.tag
     zipped = "gzip" in request.headers.get("accept-encoding", "").lower()
     headers = {
@@ -150,10 +152,13 @@ def _read(
 ) -> tuple[_Head | None, _Body | None]:
     """The head of the answer, and its body unless the caller has it."""
     for _ in range(3):
-        head = _head(connection, caller)
-        if head is None or head.tag in wanted:
-            return head, None
-        body = _BODIES.get(head.tag) or _made(connection, caller, head)
+        # Sent at once: a transaction costs no more round trips than its query alone.
+        with connection.pipeline(), connection.transaction():
+            speak_for(connection, caller)
+            head = _head(connection, caller)
+            if head is None or head.tag in wanted:
+                return head, None
+            body = _BODIES.get(head.tag) or _made(connection, caller, head)
         if body is not None:
             return head, body
     # Three manifests were replaced between two queries each: the next sync finds a calmer moment.
@@ -189,8 +194,3 @@ def _made(connection: psycopg.Connection[Any], caller: Caller, head: _Head) -> _
     body = _Body(plain, zipped)
     _BODIES.put(head.tag, body)
     return body
-
-
-def _mark_delivered(engine: sa.Engine, caller: Caller) -> None:
-    with engine.begin() as connection:
-        take_commands(connection, caller.appliance_id, datetime.now(UTC))
