@@ -23,7 +23,9 @@ from flywheel_pipeline.cli import (
     doctor,
     pipeline,
     promotion,
+    report,
     telemetry,
+    why,
 )
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
@@ -58,12 +60,14 @@ pipeline.register(app)
 appliance.register(pipeline.simulate)
 telemetry.register(app)
 promotion.register(app)
+why.register(app)
 acts.register(app)
 adopt.register(app)
 doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
 api.register(app)
+report.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")
 

@@ -166,8 +166,6 @@ class Ledger:
         kinds = {"proposed": "proposed", "quarantined": "quarantined", "retired": "retired"}
         before = "none"
         for after in path:
-            if (before, after) == ("canary", "ring"):
-                self.step("widened", "canary", "canary", rule_id=rule_id)
             advance = "promoted" if (before, after) == ("proposed", "fleet") else "advanced"
             self.step(kinds.get(after, advance), before, after, rule_id=rule_id)
             before = after
