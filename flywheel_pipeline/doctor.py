@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from flywheel_pipeline.database import declared
-from flywheel_pipeline.delivery.manifest import manifest_hash
+from flywheel_pipeline.delivery.manifest import canonical_json, content_hash, manifest_hash
 from flywheel_pipeline.promotion import certificate
 from flywheel_pipeline.promotion.quality import registry_equals_ledger
 from flywheel_pipeline.quality import Finding
@@ -375,6 +375,20 @@ def _quarantines(connection: sa.Connection) -> Iterator[dict[str, Any]]:
     )
 
 
+# Manifests written before contents stood in a table of their own name none: each of those is its own content.
+_CONTENTS = """
+SELECT c.content_hash, c.manifest_hash, c.rules, c.withheld, c.rule_count, min(m.appliance_id) AS appliance_id,
+       count(m.appliance_id) AS appliances,
+       ARRAY(SELECT jsonb_build_array(r.id, r.version) FROM unnest(c.rule_ids, c.rule_versions) AS r (id, version)) AS listed
+FROM manifest_contents AS c LEFT JOIN rule_manifests AS m ON m.content_hash = c.content_hash
+GROUP BY c.content_hash
+UNION ALL
+SELECT NULL, manifest_hash, rules, withheld, rule_count, appliance_id, 1, NULL
+FROM rule_manifests WHERE content_hash IS NULL
+ORDER BY 6, 1
+"""
+
+
 def _delivery(connection: sa.Connection) -> Iterator[dict[str, Any]]:
     """7. Publishing twice creates no second command; manifests are deterministic and hashed."""
     yield from _rows(
@@ -383,19 +397,35 @@ def _delivery(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         "WHERE rule_id IS NOT NULL GROUP BY 1, 2, 3, 4 HAVING count(*) > 1 ORDER BY 1, 2",
         "a command stands twice",
     )
-    # Equal manifests share a hash, so each content is hashed once however many appliances have it.
-    for row in connection.execute(
-        sa.text(
-            "SELECT manifest_hash, min(appliance_id) AS appliance_id, count(*) AS appliances, rules FROM rule_manifests "
-            "GROUP BY manifest_hash, rules ORDER BY 2"
-        )
-    ):
+    # Each content is hashed once, however many appliances have it; their rows are then compared with it.
+    for row in connection.execute(sa.text(_CONTENTS)):
         if manifest_hash(row.rules) != row.manifest_hash:
-            yield {
-                "problem": "a manifest does not have the hash it claims",
-                "appliance_id": row.appliance_id,
-                "appliances": row.appliances,
-            }
+            problem = "a manifest does not have the hash it claims"
+        elif row.content_hash is None:
+            continue
+        elif content_hash(row.manifest_hash, canonical_json(row.withheld)) != row.content_hash:
+            problem = "what a manifest withholds is not what its hash stands for"
+        elif row.rule_count != len(row.rules) or sorted(row.listed) != sorted(
+            [rule["id"], rule["version"]] for rule in row.rules if rule["source"] != "builtin"
+        ):
+            problem = "the rules listed beside a manifest are not those in it"
+        else:
+            continue
+        yield {"problem": problem, "appliance_id": row.appliance_id, "appliances": row.appliances}
+    yield from _rows(
+        connection,
+        "SELECT m.appliance_id, m.content_hash FROM rule_manifests AS m "
+        "LEFT JOIN manifest_contents AS c ON c.content_hash = m.content_hash WHERE m.content_hash IS NOT NULL AND ("
+        "(m.manifest_hash, m.rule_count) IS DISTINCT FROM (c.manifest_hash, c.rule_count) "
+        "OR m.rules IS DISTINCT FROM c.rules OR m.withheld IS DISTINCT FROM c.withheld) ORDER BY 1",
+        "a manifest is not the content that it names",
+    )
+    yield from _rows(
+        connection,
+        "SELECT m.appliance_id, m.commanded_hash FROM rule_manifests AS m WHERE m.commanded_hash IS NOT NULL AND NOT EXISTS "
+        "(SELECT FROM manifest_contents AS c WHERE c.content_hash = m.commanded_hash) ORDER BY 1",
+        "the content that commands were brought in line with is gone",
+    )
 
 
 def _synthetic(connection: sa.Connection) -> Iterator[dict[str, Any]]:

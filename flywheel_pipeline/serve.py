@@ -1,7 +1,7 @@
-"""Webserver and daemon as two child processes, started together and stopped together.
+"""Webserver, daemon and agent API as child processes, started together and stopped together.
 
 Belongs here: their lifecycle. Does not belong here: what they run. `dagster dev` started in the background ignores
-INT and TERM, so the two are started apart and stopped by their process groups.
+INT and TERM, so its two are started apart; all are stopped by their process groups.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ load_from:
       module_name: flywheel_pipeline.definitions
       location_name: flywheel
 """
+API_PORT_HINT = "Stop what listens there, or choose another port for the agent API: FLYWHEEL_API_PORT=8001."
 READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
 
 
 @dataclass
 class Services:
-    """The running children. `url` is the UI's address; `logs` holds their output."""
+    """The running children. `url` is the UI's address, `api_url` the agent API's; `logs` holds their output."""
 
     url: str
     logs: Path
+    api_url: str | None = None
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def dead(self) -> list[str]:
@@ -68,8 +70,10 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         return
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Refuse a port that somebody listens on.
+def require_free_port(
+    host: str, port: int, *, hint: str = "Stop what listens there, or choose another port: flywheel up --port 3001."
+) -> None:
+    """Refuse a port that somebody listens on; `hint` says what to do.
 
     Raises:
         PortInUse: with what to do.
@@ -82,18 +86,28 @@ def require_free_port(host: str, port: int) -> None:
         except OSError as error:
             raise PortInUse(
                 f"Port {port} on {host} cannot be used: {error.strerror or error}.",
-                hint="Stop what listens there, or choose another port: flywheel up --port 3001.",
+                hint=hint,
             ) from error
 
 
-def start(settings: Settings, url: sa.URL, *, host: str, port: int, daemon: bool = True) -> Services:
-    """Start webserver and daemon and wait until the UI answers.
+def start(
+    settings: Settings,
+    url: sa.URL,
+    *,
+    host: str,
+    port: int,
+    daemon: bool = True,
+    api: tuple[str, int] | None = None,
+) -> Services:
+    """Start webserver, daemon and, where `api` gives its host and port, the agent API; wait until they answer.
 
     Raises:
-        PortInUse: the port is taken.
-        FlywheelError: a child ended, or the UI did not answer within 90 seconds; the log's last lines are shown.
+        PortInUse: a port is taken.
+        FlywheelError: a child ended, or did not answer within 90 seconds; the log's last lines are shown.
     """
     require_free_port(host, port)
+    if api is not None:
+        require_free_port(*api, hint=API_PORT_HINT)
     write_dagster_home(settings, url)
     settings.logs.mkdir(parents=True, exist_ok=True)
     workspace = settings.dagster_home / "workspace.yaml"
@@ -105,6 +119,19 @@ def start(settings: Settings, url: sa.URL, *, host: str, port: int, daemon: bool
     if daemon:
         commands["daemon"] = [sys.executable, "-m", "dagster._daemon", "run", "-w", str(workspace)]
     services = Services(f"http://{host}:{port}", settings.logs)
+    if api is not None:
+        commands["api"] = [
+            sys.executable,
+            "-m",
+            "flywheel_pipeline.cli",
+            "serve",
+            "--host",
+            api[0],
+            "--port",
+            str(api[1]),
+        ]
+        environment["FLYWHEEL_DATABASE_URL"] = url.render_as_string(hide_password=False)
+        services.api_url = f"http://{api[0]}:{api[1]}"
     try:
         for name, command in commands.items():
             with (settings.logs / f"{name}.log").open("wb") as log:
@@ -124,6 +151,9 @@ def start(settings: Settings, url: sa.URL, *, host: str, port: int, daemon: bool
 
 
 def _wait_ready(services: Services) -> None:
+    waiting = {"UI": f"{services.url}/server_info"}
+    if services.api_url is not None:
+        waiting["agent API"] = f"{services.api_url}/healthz"
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if dead := services.dead():
@@ -131,12 +161,19 @@ def _wait_ready(services: Services) -> None:
             raise FlywheelError(
                 f"The {dead[0]} ended: {' | '.join(tail)}", hint=f"Its log: {services.logs / (dead[0] + '.log')}"
             )
-        try:
-            with urllib.request.urlopen(f"{services.url}/server_info", timeout=2) as answer:  # noqa: S310
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+        waiting = {name: address for name, address in waiting.items() if not _answers(address)}
+        if not waiting:
+            return
+        time.sleep(0.2)
     raise FlywheelError(
-        f"The UI did not answer on {services.url} within {READY_SECONDS:.0f} s.", hint=f"Its logs: {services.logs}"
+        f"The {' and the '.join(waiting)} did not answer within {READY_SECONDS:.0f} s: {', '.join(waiting.values())}.",
+        hint=f"Its logs: {services.logs}",
     )
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

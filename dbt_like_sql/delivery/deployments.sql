@@ -8,7 +8,8 @@ description: >
   different things, and withheld is a sixth. In the system before, two months lay between the first two and nobody
   saw it. Built-in rules are not here, they ship with the agent. An execution counts from the delivery
   of its version to that of the next (an imported rule was delivered before anybody kept record); where the
-  agent did not say which appliance it runs on, it counts for the only appliance of its site.
+  agent did not say which appliance it runs on, it counts for the only appliance of its site. What the agent
+  refused as an unknown action is no execution. Executions are as of the last refresh; the log is not read.
 owner: team:fleet-delivery
 key: [rule_id, rule_version, appliance_id]
 columns:
@@ -22,7 +23,7 @@ columns:
   withheld_reason: [text, why the appliance cannot run it]
   promoted_at: [timestamptz, when this version entered service; null where the ledger does not say]
   queued_at: [timestamptz, when the command was first queued]
-  delivered_at: [timestamptz, when the appliance fetched the command]
+  delivered_at: [timestamptz, when the appliance first fetched the command]
   acknowledged_at: [timestamptz, when the appliance said it was done]
   first_executed_at: [timestamptz, first execution there after the delivery]
 consumers: [flywheel status, service levels of delivery]
@@ -34,29 +35,33 @@ WITH told AS (
     appliance_id,
     status,
     created_at AS queued_at,
-    delivered_at,
+    coalesce(told_at, delivered_at) AS delivered_at,
     acknowledged_at
   FROM appliance_commands
   WHERE command_type = 'sync_promoted_rule' AND rule_id IS NOT NULL AND rule_version IS NOT NULL
 ),
-desired AS (
-  SELECT
-    m.appliance_id,
-    e.rule ->> 'id' AS rule_id,
-    (e.rule ->> 'version')::integer AS rule_version,
-    NULL::text AS withheld_reason
-  FROM rule_manifests AS m
-  CROSS JOIN LATERAL jsonb_array_elements(m.rules) AS e(rule)
-  WHERE e.rule ->> 'source' <> 'builtin'
+listed AS MATERIALIZED (
+  SELECT c.content_hash, r.rule_id, r.rule_version, NULL::text AS withheld_reason
+  FROM manifest_contents AS c
+  CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
   UNION ALL
   SELECT
-    m.appliance_id,
+    c.content_hash,
     w.rule ->> 'rule_id' AS rule_id,
     (w.rule ->> 'version')::integer AS rule_version,
     w.rule ->> 'reason' AS withheld_reason
-  FROM rule_manifests AS m
-  CROSS JOIN LATERAL jsonb_array_elements(m.withheld) AS w(rule)
+  FROM manifest_contents AS c
+  CROSS JOIN LATERAL jsonb_array_elements(c.withheld) AS w(rule)
   WHERE w.rule ->> 'source' <> 'builtin'
+),
+desired AS (
+  SELECT
+    m.appliance_id,
+    c.rule_id,
+    c.rule_version,
+    c.withheld_reason
+  FROM rule_manifests AS m
+  JOIN listed AS c ON c.content_hash = m.content_hash
 ),
 pairs AS (
   SELECT
@@ -93,18 +98,33 @@ promotions AS (
   GROUP BY rule_id, rule_version
 ),
 executed AS (
-  SELECT p.rule_id, p.rule_version, p.appliance_id, min(x.event_at) AS first_executed_at
+  SELECT p.rule_id, p.rule_version, p.appliance_id, x.first_executed_at
   FROM pairs AS p
   JOIN homes AS h ON h.appliance_id = p.appliance_id
   LEFT JOIN promotions AS v ON v.rule_id = p.rule_id AND v.rule_version = p.rule_version
-  JOIN executions AS x
-    ON x.rule_id = p.rule_id
-    AND x.site_id = h.site_id
-    AND x.event_at >= coalesce(p.delivered_at, v.imported_at)
-    AND x.event_at < coalesce(p.replaced_at, 'infinity')
-    AND (x.appliance_id = p.appliance_id OR (x.appliance_id = 'unknown' AND h.alone))
-  WHERE x.outcome_class <> 'synthetic'
-  GROUP BY p.rule_id, p.rule_version, p.appliance_id
+  JOIN rule_site_stats AS s
+    ON s.site_id = h.site_id AND s.rule_id = p.rule_id AND s.last_at >= coalesce(p.delivered_at, v.imported_at)
+  CROSS JOIN LATERAL (
+    SELECT
+      (
+        SELECT min(t.at) FROM unnest(e.event_times) AS t(at)
+        WHERE t.at >= coalesce(p.delivered_at, v.imported_at) AND t.at < coalesce(p.replaced_at, 'infinity')
+      ) AS first_executed_at
+    FROM appliance_executions AS e
+    WHERE e.site_id = h.site_id
+      AND e.rule_id = p.rule_id
+      AND e.refused_form = ''
+      AND e.day >= (coalesce(p.delivered_at, v.imported_at) AT TIME ZONE 'UTC')::date
+      AND e.last_at >= coalesce(p.delivered_at, v.imported_at)
+      AND e.first_at < coalesce(p.replaced_at, 'infinity')
+      AND (e.appliance_id = p.appliance_id OR (e.appliance_id = 'unknown' AND h.alone))
+      AND EXISTS (
+        SELECT 1 FROM unnest(e.event_times) AS t(at)
+        WHERE t.at >= coalesce(p.delivered_at, v.imported_at) AND t.at < coalesce(p.replaced_at, 'infinity')
+      )
+    ORDER BY e.day, 1
+    LIMIT 1
+  ) AS x
 )
 SELECT
   p.rule_id::text AS rule_id,

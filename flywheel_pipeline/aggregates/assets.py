@@ -26,6 +26,8 @@ FEEDBACK = frozenset(
         "site_aliases",
         "rule_manifests",
         "appliance_commands",
+        "manifest_contents",
+        "refresh_batches",
         "rule_events",
         "scope_quarantines",
         "policy_documents",

@@ -15,6 +15,8 @@ from flywheel_pipeline.cli import (
     acts,
     adopt,
     alerts,
+    api,
+    appliance,
     backup,
     database,
     docs,
@@ -55,6 +57,7 @@ def root(
 
 
 pipeline.register(app)
+appliance.register(pipeline.simulate)
 telemetry.register(app)
 promotion.register(app)
 why.register(app)
@@ -63,6 +66,7 @@ adopt.register(app)
 doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
+api.register(app)
 report.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")

@@ -70,7 +70,7 @@ def up(
         None, "--port", min=1, max=65535, help="Port of the UI; default 3000 (FLYWHEEL_UI_PORT)."
     ),
 ) -> None:
-    """Start database, Dagster UI and daemon; sensors and schedules are on. Ctrl-C stops all it started."""
+    """Start database, Dagster UI, daemon and agent API; sensors and schedules are on. Ctrl-C stops all it started."""
     from flywheel_pipeline.database.embedded import EmbeddedServer
     from flywheel_pipeline.database.engine import open_engine, resolve_url
     from flywheel_pipeline.database.migrate import upgrade
@@ -78,22 +78,24 @@ def up(
     from flywheel_pipeline.health.alerting.channels import get_alerting
     from flywheel_pipeline.health.alerting.watch import DaemonWatch
     from flywheel_pipeline.run import dagster_instance
-    from flywheel_pipeline.serve import require_free_port, start
+    from flywheel_pipeline.serve import API_PORT_HINT, require_free_port, start
 
     settings = get_settings()
     alerting = get_alerting(settings)
     host, port = host or settings.ui_host, port or settings.ui_port
     require_free_port(host, port)
+    require_free_port(settings.api_host, settings.api_port, hint=API_PORT_HINT)
     begun = time.monotonic()
     server = EmbeddedServer(settings.home) if settings.database_url is None else None
     ours = server is not None and not server.is_running()
     with progress("starting"):
         url = resolve_url(settings)
         changes = upgrade(open_database(upgraded=False)).changes
-        services = start(settings, url, host=host, port=port)
+        services = start(settings, url, host=host, port=port, api=(settings.api_host, settings.api_port))
     if changes:
         out.print(f"Schema: {len(changes)} changes.")
     out.print(f"Dagster UI  {services.url}   (ready after {time.monotonic() - begun:.0f} s)")
+    out.print(f"Agent API   {services.api_url}", markup=False, soft_wrap=True)
     out.print(f"Database    {url.render_as_string(hide_password=True)}", markup=False, soft_wrap=True)
     out.print(f"Logs        {services.logs}", markup=False, soft_wrap=True)
     out.print("Ctrl-C stops all of it.")

@@ -79,6 +79,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
             ),
         ),
         "rule_manifests": (_R,),
+        "manifest_contents": (_R,),
         "appliance_commands": (_R, *_only(_U, "status", "delivered_at", "acknowledged_at", "status_reason")),
     },
     PIPELINE: {
@@ -97,6 +98,8 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         # The counters; the rest is the fold of the ledger, written by the trigger on its events.
         "l1_rules": (_R, *_only(_U, "match_count", "success_count", "failure_count", "updated_at")),
         "rule_manifests": _WRITE,
+        "manifest_contents": _WRITE,
+        "rule_conflicts": _WRITE,
         "appliance_commands": (_R, _I, _U),
         "appliances": (_R, _I, _U),
         "sites": (_R, _I, _U),

@@ -19,7 +19,9 @@ class Settings(BaseSettings):
 
     `home` (default `.flywheel` in the working directory) holds the embedded database, DAGSTER_HOME and logs.
     `database_url` unset or empty means the embedded server. `alert_urls` holds Apprise URLs separated by white space,
-    `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead.
+    `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead. `deliver_within_hours`: from
+    promotion to delivery, and from a changed manifest to the appliance's report of it; `execute_within_hours`: from
+    delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -28,16 +30,24 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(default=8000, ge=1, le=65535)
+    api_workers: int = Field(default=2, ge=1, le=64)
+    api_metrics_token: SecretStr | None = None
     ui_url: str | None = None
     alert_urls: SecretStr | None = None
     alert_rules: Path | None = None
+    # Service levels of delivery: what takes longer is a warning with the offenders and their age. They decide nothing.
+    deliver_within_hours: float = Field(default=24.0, gt=0)
+    execute_within_hours: float = Field(default=14 * 24.0, gt=0)
+    settle_within_hours: float = Field(default=48.0, gt=0)
 
     @field_validator("home", mode="after")
     @classmethod
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", mode="before")
+    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value

@@ -187,7 +187,32 @@ appliance_commands = sa.Table(
     sa.Column("rule_version", sa.Integer),
     sa.Column("status_reason", Text),
     sa.Column("batch_id", sa.BigInteger),
+    sa.Column(
+        "told_at", Stamp, comment="when the appliance was first handed this command; null: it knows nothing of it"
+    ),
+    sa.Column(
+        "withdrawn_at",
+        Stamp,
+        comment="sync commands: since when the rule version is in its manifest no more; null: it is, or never was",
+    ),
+    sa.Column("gone_at", Stamp, comment="when the appliance let us know that it runs the withdrawn version no more"),
     sa.UniqueConstraint("appliance_id", "command_type", "params"),
+    sa.Index(
+        "appliance_commands_unsettled_idx",
+        "appliance_id",
+        "status",
+        postgresql_where=sa.text("status IN ('pending', 'delivered', 'expired')"),
+    ),
+    sa.Index(
+        "appliance_commands_due_idx",
+        "expires_at",
+        postgresql_where=sa.text("status IN ('pending', 'delivered')"),
+    ),
+    sa.Index(
+        "appliance_commands_tombstones_idx",
+        "appliance_id",
+        postgresql_where=sa.text("withdrawn_at IS NOT NULL AND gone_at IS NULL"),
+    ),
     sa.Index(
         "appliance_commands_rule_key",
         "appliance_id",
@@ -196,6 +221,11 @@ appliance_commands = sa.Table(
         "command_type",
         unique=True,
         postgresql_where=sa.text("rule_id IS NOT NULL"),
+    ),
+    sa.Index(
+        "appliance_commands_open_idx",
+        "appliance_id",
+        postgresql_where=sa.text("status IN ('pending', 'delivered')"),
     ),
     sa.CheckConstraint(
         "status IN ('pending', 'delivered', 'acknowledged', 'failed', 'expired', 'superseded')", name="status"
@@ -611,7 +641,42 @@ rule_manifests = sa.Table(
         server_default=sa.text("'[]'::jsonb"),
         comment="promoted rules it was told of and must drop: {rule_id, version, reason, since}",
     ),
+    sa.Column(
+        "content_hash", sa.String(64), comment="its row of manifest_contents; null: written before there was one"
+    ),
+    sa.Column("commanded_hash", sa.String(64), comment="the content that its commands were last brought in line with"),
+    sa.Column("drift_since", Stamp, comment="since when the appliance has not reported this rule set; null: it has"),
     comment="Desired state: one row per appliance.",
+)
+
+manifest_contents = sa.Table(
+    "manifest_contents",
+    metadata,
+    sa.Column("content_hash", sa.String(64), primary_key=True, comment="of rules and withheld"),
+    sa.Column("manifest_hash", sa.String(64), nullable=False),
+    sa.Column("rules", pg.JSONB, nullable=False),
+    sa.Column("withheld", pg.JSONB, nullable=False),
+    sa.Column("rule_count", sa.Integer, nullable=False),
+    sa.Column("rule_ids", sa.ARRAY(Text), nullable=False, comment="the promoted rules in it, by id"),
+    sa.Column("rule_versions", sa.ARRAY(sa.Integer), nullable=False, comment="their versions, in the same order"),
+    comment="Each content of a manifest once: thousands of appliances share a few, and two are compared by their lists.",
+)
+
+rule_conflicts = sa.Table(
+    "rule_conflicts",
+    metadata,
+    sa.Column("incident_type", Text, primary_key=True),
+    sa.Column("platform", sa.String(50), primary_key=True),
+    sa.Column("winner_id", sa.String(255), primary_key=True, comment="the rule that the agent tries first"),
+    sa.Column("loser_id", sa.String(255), primary_key=True, comment="the rule behind it"),
+    sa.Column("winner_version", sa.Integer, nullable=False),
+    sa.Column("loser_version", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False, comment="shadowed: the loser never fires; overlaps: it may"),
+    sa.Column("same_runbook", sa.Boolean, nullable=False, comment="both run the same script: harmless"),
+    sa.Column("appliances", sa.Integer, nullable=False, comment="manifests that hold both"),
+    sa.Column("batch_id", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("kind IN ('shadowed', 'overlaps')", name="kind"),
+    comment="Served rules that match the same incident on the same appliance: which one wins. Derived; rewritten on change.",
 )
 
 appliance_tokens = sa.Table(

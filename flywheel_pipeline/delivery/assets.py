@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.delivery.progress import STATES, plot_progress, rollout_progress
 from flywheel_pipeline.delivery.publish import queue_commands, write_manifests
 from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata, table_metadata
 from flywheel_pipeline.sql_models.loader import ModelGraph
@@ -17,18 +18,21 @@ OWNER = ["team:data-platform"]
 
 def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
     """Build the multi-asset that brings manifests and commands to what the registry says."""
-    deployments = graph.models["deployments"]
+    findings, deployments = graph.models["capability_findings"], graph.models["deployments"]
+    drift, overdue = graph.models["appliance_drift"], graph.models["overdue_deployments"]
 
     @dg.multi_asset(
         name="deliver",
         specs=[
+            asset_spec(findings, graph).replace_attributes(deps=["appliance_executions", "appliances"]),
             dg.AssetSpec(
                 "rule_manifests",
                 group_name="delivery",
-                deps=["l1_rules", "appliances", "runbooks"],
+                deps=["l1_rules", "appliances", "runbooks", "capability_findings"],
                 description=(
                     "What each appliance should run: one row per appliance, deterministic and hashed. "
-                    "Rules that its agent cannot run are withheld and listed with the reason."
+                    "Rules that its agent cannot run, or has shown that it cannot, are withheld and listed with the "
+                    "reason. What it was told of and must drop stands there as a tombstone until it has let go."
                 ),
                 owners=OWNER,
                 kinds={"postgres", "table"},
@@ -39,16 +43,18 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 group_name="delivery",
                 deps=["rule_manifests"],
                 description=(
-                    "One sync_promoted_rule command per appliance, rule and version; publishing twice queues none. "
-                    "Expired ones are delivered again."
+                    "One sync_promoted_rule command per appliance, rule and version, and one withdraw_rule for what it "
+                    "was told of and should run no more; publishing twice queues none. Expired ones are delivered again."
                 ),
                 owners=OWNER,
                 kinds={"postgres", "table"},
                 metadata=table_metadata("appliance_commands"),
             ),
             asset_spec(deployments, graph).replace_attributes(
-                deps=["appliance_commands", "rule_manifests", "l1_rules"]
+                deps=["appliance_commands", "rule_manifests", "l1_rules", "appliance_executions"]
             ),
+            asset_spec(overdue, graph).replace_attributes(deps=["deployments", "appliances"]),
+            asset_spec(drift, graph).replace_attributes(deps=["appliances", "rule_manifests", "appliance_commands"]),
         ],
         can_subset=False,
     )
@@ -68,7 +74,42 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 .mappings()
                 .all()
             )
-            deployed = materialization_metadata(connection, deployments)
+            shadowed = [
+                dict(row)
+                for row in connection.execute(
+                    sa.text(
+                        "SELECT incident_type, platform, winner_id AS wins, loser_id AS behind_it, kind, same_runbook, "
+                        "appliances FROM rule_conflicts ORDER BY kind DESC, same_runbook, incident_type, loser_id LIMIT 50"
+                    )
+                ).mappings()
+            ]
+            stones = [
+                dict(row)
+                for row in connection.execute(
+                    sa.text(
+                        "SELECT s ->> 'rule_id' AS rule_id, s ->> 'version' AS version, s ->> 'reason' AS reason, "
+                        "count(*) AS appliances, min(s ->> 'since') AS since "
+                        "FROM rule_manifests, jsonb_array_elements(tombstones) AS s GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT 50"
+                    )
+                ).mappings()
+            ]
+            progress = rollout_progress(connection)
+            described = {
+                model.name: materialization_metadata(connection, model)
+                for model in (findings, deployments, overdue, drift)
+            }
+        if progress:
+            described["deployments"]["rollout_progress"] = dg.MetadataValue.md(
+                f"![rollout progress by stage and agent release]({plot_progress(progress)})"
+            )
+            described["deployments"]["rollout"] = dg.MetadataValue.md(
+                markdown_table(
+                    [{"stage": p.stage, "agent": p.agent_version, "pairs": p.pairs, **p.counts} for p in progress[:50]]
+                )
+            )
+            for state in STATES:
+                described["deployments"][f"pairs_{state}"] = sum(p.counts[state] for p in progress)
+        yield dg.MaterializeResult(asset_key="capability_findings", metadata=described["capability_findings"])
         yield dg.MaterializeResult(
             asset_key="rule_manifests",
             metadata={
@@ -77,6 +118,12 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 "unchanged": manifests.unchanged,
                 "rules": manifests.rules,
                 "withheld": manifests.withheld,
+                "tombstones": manifests.tombstones,
+                "tombstones_rewritten": manifests.tombstones_rewritten,
+                "shadowed": manifests.shadowed,
+                "overlaps": manifests.overlaps,
+                "conflicts": dg.MetadataValue.md(markdown_table(shadowed)),
+                "must_drop": dg.MetadataValue.md(markdown_table(stones)),
                 "withheld_because": dg.MetadataValue.md(markdown_table([dict(row) for row in withheld])),
             },
         )
@@ -84,11 +131,14 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             asset_key="appliance_commands",
             metadata={
                 "queued": commands.queued,
+                "withdrawn": commands.withdrawn,
                 "redelivered": commands.redelivered,
                 "expired": commands.expired,
                 "open": commands.open,
+                "waiting_appliances": commands.waiting_appliances,
             },
         )
-        yield dg.MaterializeResult(asset_key="deployments", metadata=deployed)
+        for name in ("deployments", "overdue_deployments", "appliance_drift"):
+            yield dg.MaterializeResult(asset_key=name, metadata=described[name])
 
     return deliver

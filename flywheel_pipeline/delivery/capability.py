@@ -2,13 +2,14 @@
 
 Belongs here: the grammar of actions, agent versions, and the choice of the form in which a rule is served.
 Does not belong here: whether a runbook may be served at all (`manifest`). Unknown means incapable: a rule is
-held back and listed rather than answered with `Unknown action`.
+held back and listed rather than answered with `Unknown action`. What telemetry shows outranks what an agent
+claims: a form that its release answered with `Unknown action` is not served to it again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +50,6 @@ FORM_BY_PLATFORM: Mapping[str, str] = {
 }
 
 _VERSION = re.compile(r"v?([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
-_ACTION = re.compile(r"(?P<form>[a-z][a-z_]*)(?::(?P<argument>\S(?:.*\S)?))?")
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,71 @@ def parse_version(version: str | None) -> AgentVersion | None:
     return AgentVersion(int(match[1]), int(match[2]), int(match[3]), final=match[4] is None)
 
 
+class ActionError(UsageError):
+    """A text that is no action of the grammar `form` or `form:argument`; the hint says what would be one."""
+
+
+class UnknownForm(ActionError):
+    """The form before the colon is none that any agent knows."""
+
+
+class MissingArgument(ActionError):
+    """The form needs an argument after the colon and has none."""
+
+
+class UnexpectedArgument(ActionError):
+    """The form takes no argument and has one."""
+
+
+class MalformedAction(ActionError):
+    """Not of the grammar at all: empty, blank at an end, a line break, upper case in the form."""
+
+
+# What stands after the colon; None: nothing does.
+ARGUMENT: Mapping[str, str | None] = {
+    "escalate": None,
+    "run_runbook": "a runbook id",
+    "run_windows_runbook": "a runbook id",
+    "run_linux_runbook": "a runbook id",
+    "restart_service": "the name of a service",
+    "alert": "what to alert of",
+}
+
+
 def parse_action(action: str) -> Action:
-    """Take an action apart by the grammar `form` or `form:argument`.
+    """Take an action apart by the grammar `form` or `form:argument`; an argument may hold colons and inner spaces.
 
     Raises:
-        UsageError: no such form, a form without the argument it needs, or an argument where there is none.
+        MalformedAction, UnknownForm, MissingArgument, UnexpectedArgument: which rule of the grammar it breaks; all of
+            them are ActionError.
     """
-    match = _ACTION.fullmatch(action)
     known = ", ".join(sorted(FIRST_VERSION))
-    if match is None or match["form"] not in FIRST_VERSION:
-        raise UsageError(f"{action!r} is no action an agent knows.", hint=f"The forms are {known}.")
-    if (match["form"] == "escalate") != (match["argument"] is None):
-        wants = "takes no argument" if match["form"] == "escalate" else "needs an argument after the colon"
-        raise UsageError(f"{action!r}: {match['form']} {wants}.", hint=f"The forms are {known}.")
-    return Action(match["form"], match["argument"])
+    form, colon, argument = action.partition(":")
+    if not action or action != action.strip() or len(action.splitlines()) != 1 or not action.isprintable():
+        raise MalformedAction(
+            f"{action!r} is no action: it is empty, has blanks at an end, or holds what cannot be printed.",
+            hint=f"Write it as form:argument on one line, for example run_runbook:LIN-SSH-001. The forms are {known}.",
+        )
+    if form not in FIRST_VERSION:
+        near = form.strip().lower().replace("-", "_")
+        if near in FIRST_VERSION:
+            raise MalformedAction(
+                f"{action!r}: {form!r} is not how the form is spelled.",
+                hint=f"Write {near}, in lower case, then a colon.",
+            )
+        raise UnknownForm(f"{action!r}: no agent knows the form {form!r}.", hint=f"The forms are {known}.")
+    wants = ARGUMENT[form]
+    if wants is None and colon:
+        raise UnexpectedArgument(f"{action!r}: {form} takes no argument.", hint=f"Write {form} alone, without a colon.")
+    if wants is not None and not argument:
+        raise MissingArgument(
+            f"{action!r}: {form} needs an argument after the colon.", hint=f"Write {form}: and then {wants}."
+        )
+    if argument != argument.strip():
+        raise MalformedAction(
+            f"{action!r}: there is a blank after the colon.", hint=f"Write {form}:{argument.strip()} without it."
+        )
+    return Action(form, argument if colon else None)
 
 
 def supports(agent_version: str | None, action: str, capabilities: Any = None) -> Capability:
@@ -146,16 +197,30 @@ def action_for(runbook_id: str, platform: str) -> str:
     return f"{FORM_BY_PLATFORM[platform]}:{runbook_id}"
 
 
-def served_action(runbook_id: str, platform: str, agent_version: str | None, capabilities: Any = None) -> Capability:
+def served_action(
+    runbook_id: str,
+    platform: str,
+    agent_version: str | None,
+    capabilities: Any = None,
+    refused: Collection[str] = (),
+) -> Capability:
     """The form in which this agent gets a runbook: the platform's own, else the older `run_runbook:`.
+
+    Args:
+        runbook_id: the runbook.
+        platform: windows, linux or macos.
+        agent_version: as the agent sent it.
+        capabilities: what the agent reports, None if nothing.
+        refused: action forms that this very release of the agent answered with `Unknown action`. They are not served,
+            whatever it claims.
 
     Returns:
         A capability whose action is the form to serve; not ok, with the reason against the platform's own
         form and against the older one, where the agent can run neither.
     """
     try:
-        newest = supports(agent_version, action_for(runbook_id, platform), capabilities)
-        older = supports(agent_version, f"run_runbook:{runbook_id}", capabilities)
+        newest = _supports_in_fact(agent_version, action_for(runbook_id, platform), capabilities, refused)
+        older = _supports_in_fact(agent_version, f"run_runbook:{runbook_id}", capabilities, refused)
     except UsageError as impossible:
         return Capability(False, impossible.message)
     if newest.ok:
@@ -163,3 +228,18 @@ def served_action(runbook_id: str, platform: str, agent_version: str | None, cap
     if older.ok or older.reason == newest.reason:
         return older
     return Capability(False, f"{newest.reason}; {older.reason}")
+
+
+def _supports_in_fact(
+    agent_version: str | None, action: str, capabilities: Any, refused: Collection[str]
+) -> Capability:
+    claim = supports(agent_version, action, capabilities)
+    form = parse_action(action).form
+    if claim.ok and form in refused:
+        return Capability(
+            False,
+            f"agent {agent_version or 'of unknown release'} answered `Unknown action: {form}` although "
+            f"{'it reports the form' if capabilities is not None else 'its release has it'}; "
+            "held back until the appliance runs another release",
+        )
+    return claim

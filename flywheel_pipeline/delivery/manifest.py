@@ -79,12 +79,18 @@ class RuleRow:
 
 @dataclass(frozen=True)
 class ApplianceRow:
-    """An appliance that is to have a manifest; `capabilities` is what it reports, None if nothing."""
+    """An appliance that is to have a manifest.
+
+    Attributes:
+        capabilities: what it reports, None if nothing.
+        refused: action forms, sorted, that its agent of this release answered with `Unknown action`.
+    """
 
     appliance_id: str
     site_id: str
     agent_version: str | None
     capabilities: Any = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,11 @@ def canonical_json(value: Any) -> str:
 def manifest_hash(rules: Iterable[Mapping[str, Any]]) -> str:
     """sha256 of the rules in their order, as 64 hex digits."""
     return _hash_of_texts(canonical_json(rule) for rule in rules)
+
+
+def content_hash(rules_hash: str, withheld_text: str) -> str:
+    """What names a stored content: sha256 of its manifest hash and of what it withholds, as canonical JSON."""
+    return hashlib.sha256(f"{rules_hash}{withheld_text}".encode()).hexdigest()
 
 
 def _hash_of_texts(texts: Iterable[str]) -> str:
@@ -246,9 +257,11 @@ def cohort(
         step: the step within canary or ring.
     """
     share = STAGE_SHARE.get((state, step))
-    everywhere = sorted(set(sites))
+    everywhere = frozenset(sites)
     if share is None or not everywhere:
         return frozenset()
+    if share >= 1.0:
+        return everywhere  # nothing to draw: 500 rules of 3,000 sites would be 1.5 million hashes
     ranked = sorted(everywhere, key=lambda s: hashlib.sha256(f"{rule_id}\0{rule_version}\0{s}".encode()).digest())
     return frozenset(ranked[: max(1, int(len(ranked) * share))])
 
@@ -309,12 +322,18 @@ def build_manifests(
 
     # Appliances with the same agent at sites with the same rules share one manifest, and each rule is put into
     # its form once per kind of agent: 10,000 appliances x 500 rules are 5 million pairs.
-    scopes = {site: tuple(r for r in served if site in reach[r.rule_id]) for site in sites}
-    groups: dict[tuple[str, tuple[tuple[str, str | None], ...]], list[ApplianceRow]] = defaultdict(list)
+    staged = [r for r in served if len(reach[r.rule_id]) < len(sites)]
+    kept_at: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for (where, value, rule_id), reason in kept_out.items():
+        if where == "site":
+            kept_at[value].append((rule_id, reason))
     scope_ids = {
-        site: tuple((r.rule_id, kept_out.get(("site", site, r.rule_id))) for r in scope)
-        for site, scope in scopes.items()
+        site: (tuple(r.rule_id for r in staged if site in reach[r.rule_id]), tuple(sorted(kept_at.get(site, ()))))
+        for site in sites
     }
+    groups: dict[tuple[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]], list[ApplianceRow]] = defaultdict(
+        list
+    )
     for appliance in appliances:
         groups[_kind_of_agent(appliance), scope_ids[appliance.site_id]].append(appliance)
     offers: dict[str, dict[str, _Offer]] = {}
@@ -329,7 +348,8 @@ def build_manifests(
         site = members[0].site_id
         scope = [
             offers[kind][r.rule_id] if reason is None else _withheld(r, reason)
-            for r in scopes[site]
+            for r in served
+            if site in reach[r.rule_id]
             for reason in (kept_out.get(("site", site, r.rule_id)),)
         ]
         entries = tuple(o.content for o in scope if o.served)
@@ -346,7 +366,7 @@ def _refuse_repeats(what: str, ids: list[str]) -> None:
 
 
 def _kind_of_agent(appliance: ApplianceRow) -> str:
-    return canonical_json([appliance.agent_version, appliance.capabilities])
+    return canonical_json([appliance.agent_version, appliance.capabilities, appliance.refused])
 
 
 @dataclass(frozen=True)
@@ -369,7 +389,7 @@ def _offer(
     if kept_out is not None:
         return _withheld(rule, kept_out)
     runbook_id, platform = str(rule.runbook_id), str(rule.platform)
-    capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities)
+    capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities, appliance.refused)
     if not capability.ok:
         return _withheld(rule, str(capability.reason))
     content = _entry(rule, catalogue[runbook_id], platform, capability.action)

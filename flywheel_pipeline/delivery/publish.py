@@ -5,6 +5,7 @@ list of deployments. Does not belong here: what goes into a manifest (`manifest`
 works inside the caller's transaction and can be repeated: a second call finds nothing to do.
 """
 
+# ruff: noqa: S608 (statements are put together from constants of this room; every value is bound)
 from __future__ import annotations
 
 import json
@@ -17,6 +18,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from flywheel_pipeline.database import tables as t
+from flywheel_pipeline.delivery.conflicts import find_conflicts, write_conflicts
 from flywheel_pipeline.delivery.manifest import (
     ApplianceRow,
     Manifest,
@@ -24,13 +26,23 @@ from flywheel_pipeline.delivery.manifest import (
     RunbookRow,
     build_manifests,
     canonical_json,
+    content_hash,
     unservable_rules,
 )
 from flywheel_pipeline.delivery.scopes import load_quarantines
+from flywheel_pipeline.delivery.tombstones import (
+    ACTIVE,
+    DIFFERENCES,
+    TOMBSTONE_LIFETIME,
+    WANTED_IN_FULL,
+    ContentChange,
+    confirm_gone,
+    mark_withdrawn,
+    write_tombstones,
+)
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW
 
-COMMAND_TYPE = "sync_promoted_rule"
 COMMAND_LIFETIME = timedelta(hours=24)
 
 # An appliance that has not checked in for this long gets no commands: nobody is there to fetch them. Agents
@@ -55,6 +67,10 @@ class ManifestReport:
         withheld: pairs of rule and appliance held back.
         unservable: enabled rules kept out of every manifest, as (rule_id, problem). Anything here is a fault
             that the caller must fail on, after the commit: other rules must not stay in service for it.
+        tombstones: pairs of appliance and withdrawn rule version that the appliance has not let go yet.
+        tombstones_rewritten: manifests whose list of them changed.
+        shadowed: pairs of rules of which the second never fires where both are served.
+        overlaps: pairs of rules of which it depends on the incident which one fires.
     """
 
     appliances: int
@@ -64,6 +80,10 @@ class ManifestReport:
     rules: int
     withheld: int
     unservable: tuple[tuple[str, str], ...] = ()
+    tombstones: int = 0
+    tombstones_rewritten: int = 0
+    shadowed: int = 0
+    overlaps: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,9 +94,10 @@ class CommandReport:
         queued: created now.
         redelivered: queued again: expired, or superseded and wanted once more.
         expired: not fetched or not acknowledged in time.
-        superseded: for a rule that the appliance should no longer run.
+        superseded: those that hold no more: the rule left the manifest, came back, or is known to be gone.
         open: pending or delivered after all that.
         waiting_appliances: those with rules to be told of but without a sign of life, so without commands.
+        withdrawn: withdrawals created now.
     """
 
     queued: int
@@ -85,11 +106,12 @@ class CommandReport:
     superseded: int
     open: int
     waiting_appliances: int
+    withdrawn: int = 0
 
     @property
     def changes(self) -> int:
         """Commands whose row was written; 0 when a publication is repeated."""
-        return self.queued + self.redelivered + self.expired + self.superseded
+        return self.queued + self.redelivered + self.expired + self.superseded + self.withdrawn
 
 
 @dataclass(frozen=True)
@@ -136,30 +158,60 @@ def clock_of(conn: sa.Connection, batch_id: int) -> datetime:
 
 
 def load_rules(conn: sa.Connection) -> list[RuleRow]:
-    """All rules, by id; `failing` where the scorecard shows enough executions and too few successes.
-
-    Enough and too few are `health.failing_rules.AT_LEAST` and `BELOW` (a fraction), for the raw rate and the
-    rated one: the raw rate alone counts hosts that are merely unreachable, the rated one alone misses
-    successes of agents that send no verification.
-    """
+    """All rules, by id; `failing` by `is_failing` on what the scorecard shows."""
     rows = conn.execute(
         sa.text(
             """
             SELECT r.rule_id, r.rule_version, r.incident_pattern, r.runbook_id, r.platform, r.source, r.state,
                    r.enabled, r.content_hash, r.rollout_step,
-                   coalesce(s.successes + s.failures >= :at_least
-                            AND s.success_rate < :below AND s.rated_rate < :below, false) AS failing
+                   coalesce(s.successes + s.failures, 0) AS rated, s.success_rate, s.rated_rate
             FROM l1_rules r LEFT JOIN rule_scorecard s USING (rule_id)
             ORDER BY r.rule_id
             """
-        ),
-        {"at_least": AT_LEAST, "below": BELOW},
+        )
     )
-    return [RuleRow(**row) for row in rows.mappings()]
+    measured = ("rated", "success_rate", "rated_rate")
+    return [
+        RuleRow(
+            **{name: value for name, value in row.items() if name not in measured},
+            failing=is_failing(row["source"], row["rated"], row["success_rate"], row["rated_rate"]),
+        )
+        for row in rows.mappings()
+    ]
+
+
+def is_failing(source: str, rated: int, success_rate: float | None, rated_rate: float | None) -> bool:
+    """Whether a rule is measured to fail and stands behind the others; see `manifest.rule_order`.
+
+    A built-in rule fails only where its raw and its rated rate are both low: the raw rate alone counts hosts that are
+    merely unreachable, the rated one alone misses successes of agents that send no verification. A promoted rule
+    fails on the rated one alone. So one that stands before a built-in rule is never below the rate at which the
+    built-in lost its place: a promoted rule never outranks a healthier built-in.
+
+    Args:
+        source: builtin or promoted.
+        rated: executions that ended in a verified success or a failure; fewer than `AT_LEAST` say too little.
+        success_rate: fraction of all executions that were reported as success.
+        rated_rate: fraction of the rated executions that were verified successes.
+    """
+    if rated < AT_LEAST or rated_rate is None or rated_rate >= BELOW:
+        return False
+    return source != "builtin" or (success_rate is not None and success_rate < BELOW)
 
 
 def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
-    """The appliances that are to have a manifest: all but the retired; renamed sites by the name in use."""
+    """The appliances that are to have a manifest: all but the retired; renamed sites by the name in use.
+
+    Each with the action forms that it has shown in telemetry not to know (`capability_findings`).
+    """
+    refused: dict[str, set[str]] = {}
+    found = conn.execute(
+        sa.text(
+            "SELECT unnest(open_on) AS appliance_id, action_form FROM capability_findings WHERE cardinality(open_on) > 0"
+        )
+    )
+    for row in found:
+        refused.setdefault(row.appliance_id, set()).add(row.action_form)
     rows = conn.execute(
         sa.text(
             """
@@ -172,7 +224,7 @@ def load_appliances(conn: sa.Connection, clock: datetime) -> list[ApplianceRow]:
         ),
         {"clock": clock},
     )
-    return [ApplianceRow(**row) for row in rows.mappings()]
+    return [ApplianceRow(**row, refused=tuple(sorted(refused.get(row["appliance_id"], ())))) for row in rows.mappings()]
 
 
 def load_catalogue(conn: sa.Connection) -> dict[str, RunbookRow]:
@@ -184,6 +236,8 @@ def load_catalogue(conn: sa.Connection) -> dict[str, RunbookRow]:
 
 def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
     """Bring `rule_manifests` to the desired state; rows that are right already are not touched.
+
+    What leaves a manifest stands there as a tombstone until the appliance has let it go (`tombstones`).
 
     Args:
         conn: a connection in a transaction; the caller commits.
@@ -202,90 +256,182 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
         on_unservable="leave_out",
         quarantines=load_quarantines(conn),
     )
-    groups, members = _share(manifests)
-    written = conn.execute(
-        sa.text(
-            """
-            WITH contents AS (
-              SELECT * FROM jsonb_to_recordset(CAST(:groups AS jsonb))
-                AS g(no integer, manifest_hash text, rules jsonb, withheld jsonb)
-            ), members AS (
-              SELECT * FROM jsonb_to_recordset(CAST(:members AS jsonb))
-                AS m(no integer, appliance_id text, site_id text)
-            )
-            INSERT INTO rule_manifests
-              (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, batch_id, built_at)
-            SELECT m.appliance_id, m.site_id, c.manifest_hash, c.rules, c.withheld,
-                   jsonb_array_length(c.rules), :batch, :clock
-            FROM members m JOIN contents c USING (no)
-            WHERE NOT EXISTS (
-              SELECT FROM rule_manifests same
-              WHERE (same.appliance_id, same.site_id, same.manifest_hash, same.withheld)
-                  = (m.appliance_id, m.site_id, c.manifest_hash, c.withheld))
-            ON CONFLICT (appliance_id) DO UPDATE SET
-              site_id = excluded.site_id, manifest_hash = excluded.manifest_hash, rules = excluded.rules,
-              withheld = excluded.withheld, rule_count = excluded.rule_count, batch_id = excluded.batch_id,
-              built_at = excluded.built_at
-            """
-        ),
-        {"groups": groups, "members": members, "batch": batch_id, "clock": clock},
-    ).rowcount
-    removed = conn.execute(
-        sa.delete(t.rule_manifests).where(
-            t.rule_manifests.c.appliance_id != sa.all_(sa.cast(_ids(manifests), sa.ARRAY(sa.Text)))
-        )
-    ).rowcount
+    hashes = _write_contents(conn, manifests)
+    standing = {
+        row.appliance_id: (row.site_id, row.content_hash)
+        for row in conn.execute(sa.text("SELECT appliance_id, site_id, content_hash FROM rule_manifests"))
+    }
+    wanted = {m.appliance_id: (m.site_id, content) for m, content in zip(manifests, hashes, strict=True)}
+    changed = [a for a, content in wanted.items() if standing.get(a) != content]
+    values = {
+        "ids": changed,
+        "sites": [wanted[a][0] for a in changed],
+        "contents": [wanted[a][1] for a in changed],
+        "batch": batch_id,
+        "clock": clock,
+    }
+    if changed:
+        conn.execute(sa.text(_UPDATE_MANIFESTS), values)
+        conn.execute(sa.text(_INSERT_MANIFESTS), values)
+    gone = sorted(standing.keys() - wanted.keys())
+    if gone:
+        conn.execute(sa.text("DELETE FROM rule_manifests WHERE appliance_id = ANY(:gone)"), {"gone": gone})
+    changes = [ContentChange(a, standing.get(a, ("", None))[1], wanted[a][1]) for a in changed]
+    mark_withdrawn(conn, changes, clock)
+    confirm_gone(conn, clock)
+    tombstones, rewritten = write_tombstones(conn, batch_id, clock)
+    conn.execute(sa.text(_NOTE_DRIFT), {"clock": clock})
+    conflicts = find_conflicts(rules, manifests)
+    write_conflicts(conn, conflicts, batch_id)
+    if changed or gone:
+        _drop_unused_contents(conn)
     return ManifestReport(
         appliances=len(manifests),
-        written=written,
-        unchanged=len(manifests) - written,
-        removed=removed,
+        written=len(changed),
+        unchanged=len(manifests) - len(changed),
+        removed=len(gone),
         rules=sum(len(m.rules) for m in manifests),
         withheld=sum(len(m.withheld) for m in manifests),
         unservable=tuple(unservable_rules(rules, catalogue)),
+        tombstones=tombstones,
+        tombstones_rewritten=rewritten,
+        shadowed=sum(c.kind == "shadowed" for c in conflicts),
+        overlaps=sum(c.kind == "overlaps" for c in conflicts),
     )
 
 
-def _ids(manifests: Sequence[Manifest]) -> list[str]:
-    return [m.appliance_id for m in manifests]
+# Since when, and not how often: a manifest that changes daily must not make an appliance look young that never follows.
+_NOTE_DRIFT = """
+    UPDATE rule_manifests m SET drift_since = CASE WHEN m.drift_since IS NULL THEN :clock END
+    FROM appliances a
+    WHERE a.appliance_id = m.appliance_id
+      AND (a.reported_manifest_hash IS NOT DISTINCT FROM m.manifest_hash) = (m.drift_since IS NOT NULL)
+"""
+
+# Rules are copied from the shared content as they lie on disk, compressed: of 10,000 manifests of 500 rules (150 KB each)
+# that change at once, each is compressed once per content and not once per appliance.
+_UPDATE_MANIFESTS = """
+    UPDATE rule_manifests m SET
+      site_id = d.site_id, manifest_hash = c.manifest_hash, rules = c.rules, withheld = c.withheld,
+      rule_count = c.rule_count, content_hash = c.content_hash, batch_id = :batch, built_at = :clock
+    FROM unnest(CAST(:ids AS text[]), CAST(:sites AS text[]), CAST(:contents AS text[])) AS d(appliance_id, site_id, content_hash)
+    JOIN manifest_contents c USING (content_hash)
+    WHERE m.appliance_id = d.appliance_id
+"""
+_INSERT_MANIFESTS = """
+    INSERT INTO rule_manifests
+      (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, content_hash, batch_id, built_at)
+    SELECT d.appliance_id, d.site_id, c.manifest_hash, c.rules, c.withheld, c.rule_count, c.content_hash, :batch, :clock
+    FROM unnest(CAST(:ids AS text[]), CAST(:sites AS text[]), CAST(:contents AS text[])) AS d(appliance_id, site_id, content_hash)
+    JOIN manifest_contents c USING (content_hash)
+    WHERE NOT EXISTS (SELECT FROM rule_manifests m WHERE m.appliance_id = d.appliance_id)
+"""
+CONTENTS_PER_STATEMENT = 200  # of 150 KB each, put together of a few thousand entries
 
 
-def _share(manifests: Sequence[Manifest]) -> tuple[str, str]:
-    """Manifests as two JSON documents: each content once, and which appliance has which."""
-    numbers: dict[tuple[str, str], int] = {}
-    contents: list[dict[str, Any]] = []
-    members: list[dict[str, Any]] = []
-    texts: dict[int, str] = {}
+def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[str]:
+    """Store each content that is new, and return the content hash of every manifest."""
+    withheld_texts: dict[int, str] = {}
+    by_content: dict[tuple[str, int], str] = {}
+    distinct: dict[str, Manifest] = {}
+    hashes: list[str] = []
     for m in manifests:
-        withheld = texts.setdefault(id(m.withheld), canonical_json(m.withheld))
-        number = numbers.setdefault((m.manifest_hash, withheld), len(numbers))
-        if number == len(contents):
-            contents.append({"no": number, "manifest_hash": m.manifest_hash, "rules": m.rules, "withheld": m.withheld})
-        members.append({"no": number, "appliance_id": m.appliance_id, "site_id": m.site_id})
-    return json.dumps(contents), json.dumps(members)
+        key = (m.manifest_hash, id(m.withheld))
+        if key not in by_content:
+            withheld = withheld_texts.setdefault(id(m.withheld), canonical_json(m.withheld))
+            by_content[key] = content_hash(m.manifest_hash, withheld)
+            distinct.setdefault(by_content[key], m)
+        hashes.append(by_content[key])
+    known = set(conn.execute(sa.text("SELECT content_hash FROM manifest_contents")).scalars())
+    fresh = sorted(distinct.keys() - known)
+    for start in range(0, len(fresh), CONTENTS_PER_STATEMENT):
+        part = [(content, distinct[content]) for content in fresh[start : start + CONTENTS_PER_STATEMENT]]
+        promoted = [sorted((r["id"], r["version"]) for r in m.rules if r["source"] != "builtin") for _, m in part]
+        # Contents share their entries: each is sent once, and put together where they are stored.
+        entries: dict[int, tuple[int, str]] = {}
+        for _, m in part:
+            for entry in m.rules:
+                if id(entry) not in entries:
+                    entries[id(entry)] = (len(entries) + 1, canonical_json(entry))
+        conn.execute(
+            sa.text(
+                """
+                WITH entries AS MATERIALIZED (
+                  SELECT no::integer AS no, entry FROM jsonb_array_elements(CAST(:entries AS jsonb)) WITH ORDINALITY AS e(entry, no)
+                )
+                INSERT INTO manifest_contents (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions)
+                SELECT d.content_hash, d.manifest_hash, r.rules, d.withheld::jsonb, d.rule_count,
+                       ARRAY(SELECT jsonb_array_elements_text(d.ids::jsonb)),
+                       ARRAY(SELECT jsonb_array_elements_text(d.versions::jsonb)::integer)
+                FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:numbers AS text[]),
+                            CAST(:withheld AS text[]), CAST(:counts AS integer[]), CAST(:ids AS text[]),
+                            CAST(:versions AS text[]))
+                  AS d(content_hash, manifest_hash, numbers, withheld, rule_count, ids, versions)
+                CROSS JOIN LATERAL (
+                  SELECT coalesce(jsonb_agg(e.entry ORDER BY n.place), '[]') AS rules
+                  FROM unnest(CAST(d.numbers AS integer[])) WITH ORDINALITY AS n(no, place) JOIN entries e USING (no)
+                ) AS r
+                """
+            ),
+            {
+                "entries": f"[{','.join(text for _, text in entries.values())}]",
+                "contents": [content for content, _ in part],
+                "hashes": [m.manifest_hash for _, m in part],
+                "numbers": ["{" + ",".join(str(entries[id(entry)][0]) for entry in m.rules) + "}" for _, m in part],
+                "withheld": [withheld_texts[id(m.withheld)] for _, m in part],
+                "counts": [len(m.rules) for _, m in part],
+                "ids": [json.dumps([rule_id for rule_id, _ in listed]) for listed in promoted],
+                "versions": [json.dumps([version for _, version in listed]) for listed in promoted],
+            },
+        )
+    return hashes
 
 
-# Commands are told of promoted rules alone: built-in rules ship with the agent.
-_WANTED = """
-    wanted AS (
-      SELECT m.appliance_id, e.rule ->> 'id' AS rule_id, (e.rule ->> 'version')::integer AS rule_version,
-             coalesce(a.status = 'online' AND a.last_checkin >= :alive_since, false) AS live
-      FROM rule_manifests m
-      CROSS JOIN LATERAL jsonb_array_elements(m.rules) AS e(rule)
-      LEFT JOIN appliances a USING (appliance_id)
-      WHERE e.rule ->> 'source' <> 'builtin'
+def _drop_unused_contents(conn: sa.Connection) -> None:
+    conn.execute(
+        sa.text(
+            """
+            DELETE FROM manifest_contents c
+            WHERE NOT EXISTS (SELECT FROM rule_manifests m WHERE m.content_hash = c.content_hash)
+              AND NOT EXISTS (SELECT FROM rule_manifests m WHERE m.commanded_hash = c.content_hash)
+            """
+        )
+    )
+
+
+# Appliances whose commands are not in line with their manifest, and what the difference is. Commands are told of promoted
+# rules alone: built-in rules ship with the agent.
+_LIVE = "coalesce(a.status = 'online' AND a.last_checkin >= :alive_since, false)"
+_DUE = f"""
+    changed AS MATERIALIZED (
+      SELECT m.appliance_id, m.commanded_hash AS old, m.content_hash AS new, {_LIVE} AS live
+      FROM rule_manifests m LEFT JOIN appliances a USING (appliance_id)
+      WHERE m.commanded_hash IS DISTINCT FROM m.content_hash
+    ),
+    {DIFFERENCES},
+    {WANTED_IN_FULL},
+    newly_wanted AS (
+      SELECT d.appliance_id, r.rule_id, r.rule_version
+      FROM changed d JOIN added r ON (r.old, r.new) = (d.old, d.new)
+      WHERE d.live
+      UNION ALL
+      SELECT w.appliance_id, w.rule_id, w.rule_version FROM wanted w JOIN changed d USING (appliance_id) WHERE d.live
     )
 """
+_NO_LONGER = "the appliance should no longer run this version of the rule"
 
 
 def queue_commands(conn: sa.Connection, batch_id: int) -> CommandReport:
     """Queue one command for each (appliance, promoted rule, version) in the manifests; tend the older ones.
 
-    A command that was not fetched or not acknowledged within its lifetime expires; while the rule is still
-    wanted and the appliance alive it is queued again, in the same row, so its age stays true. A command for a
-    rule that the appliance should no longer run is superseded. A command that the appliance refused
-    (`failed`) stays so. Parameters hold no time, so that a repetition is the same command: publishing twice
-    queues nothing more.
+    A rule version that an appliance was told of and should run no more gets a `withdraw_rule` command of the same
+    key. A command that was not fetched or not acknowledged within its lifetime expires; while it still holds and the
+    appliance is alive it is queued again, in the same row, so its age stays true. A command that holds no more is
+    superseded. A command that the appliance refused (`failed`) stays so. Parameters hold no time, so that a
+    repetition is the same command: publishing twice queues nothing more. No command waits for an appliance without
+    a sign of life.
+
+    Costs what changed: a manifest whose content its commands were brought in line with is not looked at again.
 
     Args:
         conn: a connection in a transaction, with the manifests written; the caller commits.
@@ -299,69 +445,139 @@ def queue_commands(conn: sa.Connection, batch_id: int) -> CommandReport:
     values = {
         "batch": batch_id,
         "clock": clock,
-        "type": COMMAND_TYPE,
         "expires_at": clock + COMMAND_LIFETIME,
         "alive_since": clock - LIVE_WITHIN,
+        "withdrawn_since": clock - TOMBSTONE_LIFETIME,
+        "no_longer": _NO_LONGER,
     }
-    superseded = conn.execute(
-        sa.text(
-            f"""
-            WITH {_WANTED}
-            UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch,
-              status_reason = 'the appliance should no longer run this version of the rule'
-            WHERE c.command_type = :type AND c.rule_id IS NOT NULL AND c.status IN ('pending', 'delivered')
-              AND NOT EXISTS (
-                SELECT FROM wanted w
-                WHERE (w.appliance_id, w.rule_id, w.rule_version)
-                    = (c.appliance_id, c.rule_id, c.rule_version))
-            """  # noqa: S608
-        ),
-        values,
-    ).rowcount
+
+    def run(statement: str) -> int:
+        return conn.execute(sa.text(statement), values).rowcount
+
+    superseded = run(_SUPERSEDE_REMOVED) + run(_SUPERSEDE_UNKNOWN) + run(_SUPERSEDE_ORPHANS) + run(_SUPERSEDE_SETTLED)
     expired = expire_commands(conn, clock, batch_id=batch_id)
-    redelivered = conn.execute(
-        sa.text(
-            f"""
-            WITH {_WANTED}
-            UPDATE appliance_commands c SET status = 'pending', delivered_at = NULL, batch_id = :batch,
-              expires_at = :expires_at, status_reason = 'queued again, was ' || c.status
-            FROM wanted w
-            WHERE c.command_type = :type AND c.status IN ('expired', 'superseded') AND w.live
-              AND (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
-            """  # noqa: S608
-        ),
-        values,
-    ).rowcount
-    queued = conn.execute(
-        sa.text(
-            f"""
-            WITH {_WANTED}
-            INSERT INTO appliance_commands
-              (appliance_id, command_type, params, status, created_at, expires_at,
-               rule_id, rule_version, batch_id)
-            SELECT w.appliance_id, :type,
-                   jsonb_build_object('rule_id', w.rule_id, 'rule_version', w.rule_version),
-                   'pending', :clock, :expires_at, w.rule_id, w.rule_version, :batch
-            FROM wanted w
-            WHERE w.live
-            ORDER BY w.appliance_id, w.rule_id
-            ON CONFLICT DO NOTHING
-            """  # noqa: S608
-        ),
-        values,
-    ).rowcount
-    row = conn.execute(
-        sa.text(
-            f"""
-            WITH {_WANTED}
-            SELECT (SELECT count(*) FROM appliance_commands
-                    WHERE command_type = :type AND status IN ('pending', 'delivered')),
-                   (SELECT count(DISTINCT appliance_id) FROM wanted WHERE NOT live)
-            """  # noqa: S608
-        ),
-        values,
-    ).one()
-    return CommandReport(queued, redelivered, expired, superseded, open=row[0], waiting_appliances=row[1])
+    redelivered = run(_REDELIVER_EXPIRED) + run(_REDELIVER_WANTED) + run(_REDELIVER_WITHDRAWALS)
+    queued = run(_QUEUE_WANTED)
+    withdrawn = run(_QUEUE_WITHDRAWALS)
+    run(_MARK_COMMANDED)
+    row = conn.execute(sa.text(_COUNT_COMMANDS), values).one()
+    return CommandReport(
+        queued, redelivered, expired, superseded, open=row[0], waiting_appliances=row[1], withdrawn=withdrawn
+    )
+
+
+_SUPERSEDE_REMOVED = f"""
+    WITH {_DUE}
+    UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
+    FROM changed d JOIN removed r ON (r.old, r.new) = (d.old, d.new)
+    WHERE (c.appliance_id, c.rule_id, c.rule_version) = (d.appliance_id, r.rule_id, r.rule_version)
+      AND c.command_type = 'sync_promoted_rule' AND c.status IN ('pending', 'delivered', 'expired')
+"""
+# Of appliances whose earlier content is not known, everything that the manifest does not hold.
+_SUPERSEDE_UNKNOWN = f"""
+    WITH {_DUE}
+    UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
+    FROM changed d
+    WHERE d.old IS NULL AND c.appliance_id = d.appliance_id
+      AND c.command_type = 'sync_promoted_rule' AND c.rule_id IS NOT NULL AND c.status IN ('pending', 'delivered', 'expired')
+      AND NOT EXISTS (
+        SELECT FROM wanted w
+        WHERE (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version))
+"""
+# Of appliances without a manifest, every command about a rule. One look at the index per appliance, not per command.
+_SUPERSEDE_ORPHANS = """
+    WITH RECURSIVE having_open(appliance_id) AS (
+      (SELECT min(appliance_id) FROM appliance_commands WHERE status IN ('pending', 'delivered', 'expired'))
+      UNION ALL
+      SELECT (SELECT min(c.appliance_id) FROM appliance_commands c
+              WHERE c.status IN ('pending', 'delivered', 'expired') AND c.appliance_id > h.appliance_id)
+      FROM having_open h WHERE h.appliance_id IS NOT NULL
+    ),
+    orphans AS MATERIALIZED (
+      SELECT h.appliance_id FROM having_open h
+      WHERE h.appliance_id IS NOT NULL
+        AND NOT EXISTS (SELECT FROM rule_manifests m WHERE m.appliance_id = h.appliance_id)
+    )
+    UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
+    FROM orphans o
+    WHERE c.appliance_id = o.appliance_id AND c.status IN ('pending', 'delivered', 'expired') AND c.rule_id IS NOT NULL
+      AND c.command_type IN ('sync_promoted_rule', 'withdraw_rule')
+"""
+# Withdrawals that the appliance's own report has settled.
+_SUPERSEDE_SETTLED = """
+    UPDATE appliance_commands w SET
+      status = 'superseded', batch_id = :batch, status_reason = 'the appliance reports a rule set without this version'
+    FROM appliance_commands c
+    WHERE w.command_type = 'withdraw_rule' AND w.status IN ('pending', 'delivered', 'expired')
+      AND (c.appliance_id, c.rule_id, c.rule_version) = (w.appliance_id, w.rule_id, w.rule_version)
+      AND c.command_type = 'sync_promoted_rule' AND c.gone_at IS NOT NULL
+"""
+_AGAIN = """
+    UPDATE appliance_commands c SET status = 'pending', delivered_at = NULL, acknowledged_at = NULL, batch_id = :batch,
+      expires_at = :expires_at, status_reason = 'queued again, was ' || c.status
+"""
+# What is expired still holds: what holds no more was superseded above. A withdrawal holds while its tombstone stands.
+_REDELIVER_EXPIRED = f"""
+    {_AGAIN}
+    FROM appliances a
+    WHERE a.appliance_id = c.appliance_id AND {_LIVE} AND c.status = 'expired' AND c.rule_id IS NOT NULL
+      AND (c.command_type = 'sync_promoted_rule' OR c.command_type = 'withdraw_rule' AND EXISTS (
+        SELECT FROM appliance_commands s
+        WHERE (s.appliance_id, s.rule_id, s.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
+          AND {ACTIVE.replace("c.", "s.")}))
+"""
+_REDELIVER_WANTED = f"""
+    WITH {_DUE}
+    {_AGAIN}
+    FROM newly_wanted w
+    WHERE c.command_type = 'sync_promoted_rule' AND c.status = 'superseded'
+      AND (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
+"""
+_REDELIVER_WITHDRAWALS = f"""
+    {_AGAIN.replace(" c SET", " w SET").replace("c.status", "w.status")}
+    FROM appliance_commands c JOIN appliances a USING (appliance_id)
+    WHERE {ACTIVE} AND {_LIVE} AND w.command_type = 'withdraw_rule' AND w.status = 'superseded'
+      AND (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
+"""
+_QUEUE_WANTED = f"""
+    WITH {_DUE}
+    INSERT INTO appliance_commands
+      (appliance_id, command_type, params, status, created_at, expires_at, rule_id, rule_version, batch_id)
+    SELECT w.appliance_id, 'sync_promoted_rule',
+           jsonb_build_object('rule_id', w.rule_id, 'rule_version', w.rule_version),
+           'pending', :clock, :expires_at, w.rule_id, w.rule_version, :batch
+    FROM newly_wanted w
+    ORDER BY w.appliance_id, w.rule_id
+    ON CONFLICT DO NOTHING
+"""
+_QUEUE_WITHDRAWALS = f"""
+    INSERT INTO appliance_commands
+      (appliance_id, command_type, params, status, created_at, expires_at, rule_id, rule_version, batch_id)
+    SELECT c.appliance_id, 'withdraw_rule',
+           jsonb_build_object('rule_id', c.rule_id, 'rule_version', c.rule_version),
+           'pending', :clock, :expires_at, c.rule_id, c.rule_version, :batch
+    FROM appliance_commands c
+    JOIN appliances a USING (appliance_id)
+    JOIN rule_manifests m USING (appliance_id)
+    WHERE {ACTIVE} AND {_LIVE}
+    ORDER BY c.appliance_id, c.rule_id, c.rule_version
+    ON CONFLICT DO NOTHING
+"""
+# An appliance without a sign of life stays due: it is told when it is back.
+_MARK_COMMANDED = f"""
+    UPDATE rule_manifests m SET commanded_hash = m.content_hash
+    FROM appliances a
+    WHERE a.appliance_id = m.appliance_id AND {_LIVE} AND m.commanded_hash IS DISTINCT FROM m.content_hash
+"""
+_COUNT_COMMANDS = f"""
+    SELECT
+      (SELECT count(*) FROM appliance_commands
+       WHERE status IN ('pending', 'delivered') AND command_type IN ('sync_promoted_rule', 'withdraw_rule')),
+      (SELECT count(*) FROM rule_manifests m
+       JOIN manifest_contents c USING (content_hash)
+       LEFT JOIN appliances a USING (appliance_id)
+       WHERE cardinality(c.rule_ids) > 0 AND NOT {_LIVE})
+"""
 
 
 def expire_commands(conn: sa.Connection, clock: datetime, *, batch_id: int | None = None) -> int:
@@ -385,18 +601,20 @@ def expire_commands(conn: sa.Connection, clock: datetime, *, batch_id: int | Non
 def take_commands(conn: sa.Connection, appliance_id: str, clock: datetime) -> list[Command]:
     """Hand an appliance its pending commands and mark them delivered; oldest first.
 
-    Two fetches at once hand each command to one of them.
+    Two fetches at once hand each command to one of them. A rule that has left the manifest since its command was
+    queued is not told of any more.
     """
     rows = conn.execute(
         sa.text(
             """
             WITH taken AS (
               SELECT id FROM appliance_commands
-              WHERE appliance_id = :appliance AND status = 'pending'
+              WHERE appliance_id = :appliance AND status = 'pending' AND withdrawn_at IS NULL
                 AND (expires_at IS NULL OR expires_at > :clock)
               FOR UPDATE SKIP LOCKED
             ), delivered AS (
-              UPDATE appliance_commands c SET status = 'delivered', delivered_at = :clock
+              UPDATE appliance_commands c SET
+                status = 'delivered', delivered_at = :clock, told_at = coalesce(c.told_at, :clock)
               FROM taken WHERE c.id = taken.id
               RETURNING c.id, c.command_type, c.params, c.created_at
             )
@@ -444,7 +662,7 @@ def acknowledge_command(
             UPDATE appliance_commands SET
               status = CASE WHEN CAST(:failure AS text) IS NULL THEN 'acknowledged' ELSE 'failed' END,
               acknowledged_at = CASE WHEN CAST(:failure AS text) IS NULL THEN CAST(:clock AS timestamptz) END,
-              delivered_at = coalesce(delivered_at, :clock), status_reason = :failure
+              delivered_at = coalesce(delivered_at, :clock), told_at = coalesce(told_at, :clock), status_reason = :failure
             WHERE id = :id AND status IN ('pending', 'delivered', 'expired')
             """
         ),

@@ -88,6 +88,74 @@ def promoted_rules_are_received(connection: sa.Connection) -> Finding:
     )
 
 
+def no_rule_is_shadowed(connection: sa.Connection) -> Finding:
+    """No rule in a manifest stands behind another that matches all that it matches: it would never fire."""
+    rows = [
+        dict(row)
+        for row in connection.execute(
+            sa.text(
+                """
+                SELECT c.loser_id AS never_fires, c.winner_id AS wins, c.incident_type, c.platform, c.same_runbook,
+                       w.source AS winner_source, l.source AS loser_source, c.appliances
+                FROM rule_conflicts AS c
+                LEFT JOIN l1_rules AS w ON w.rule_id = c.winner_id
+                LEFT JOIN l1_rules AS l ON l.rule_id = c.loser_id
+                WHERE c.kind = 'shadowed'
+                ORDER BY c.same_runbook, c.appliances DESC, c.loser_id, c.incident_type
+                """
+            )
+        ).mappings()
+    ]
+    overlaps = connection.execute(sa.text("SELECT count(*) FROM rule_conflicts WHERE kind = 'overlaps'")).scalar_one()
+    return Finding(
+        passed=not rows,
+        sentence="No served rule stands behind another that matches all that it matches."
+        if not rows
+        else f"{len(rows)} served rules never fire on an incident type that they are for, first {rows[0]['never_fires']} "
+        f"on {rows[0]['incident_type']}: {rows[0]['wins']} matches first. Retire one of the two, or narrow its conditions.",
+        observed=f"{len(rows)} shadowed",
+        required="0 shadowed",
+        offenders=len(rows),
+        sample=rows[:20],
+        figures={
+            "shadowed": len(rows),
+            "shadowed_with_another_runbook": sum(not row["same_runbook"] for row in rows),
+            "overlaps": int(overlaps),
+        },
+    )
+
+
+def agents_run_what_they_claim(connection: sa.Connection) -> Finding:
+    """No appliance answers `Unknown action` to a form that its report or its release says it can run."""
+    rows = [
+        dict(row)
+        for row in connection.execute(
+            sa.text(
+                """
+                SELECT appliance_id, site_id, agent_version, action_form, claimed_by, executions, first_seen, last_seen,
+                       cardinality(open_on) AS withheld_on, array_to_string(rule_ids, ', ') AS rules
+                FROM capability_findings WHERE cardinality(open_on) > 0
+                ORDER BY claimed_by IS NULL, executions DESC, appliance_id, action_form
+                """
+            )
+        ).mappings()
+    ]
+    lying = [row for row in rows if row["claimed_by"] is not None]
+    return Finding(
+        passed=not lying,
+        sentence="No agent refuses an action form that it claims to run."
+        if not lying
+        else f"{len(lying)} findings of agents that refuse what they claim, first {lying[0]['appliance_id']} at "
+        f"{lying[0]['site_id']}: {lying[0]['action_form']} in {lying[0]['agent_version'] or 'an unnamed release'}. "
+        "The form is withheld there; upgrade the agent, or correct the version table.",
+        observed=f"{len(lying)} contradictions",
+        required="0 contradictions",
+        offenders=len(lying),
+        sample=rows[:20],
+        figures={"contradictions": len(lying), "open_findings": len(rows)},
+    )
+
+
 _IN_SERVICE = """
 WITH service AS (
   SELECT rule_id, rule_version, min(occurred_at) AS since

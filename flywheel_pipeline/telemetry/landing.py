@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import psycopg
 import sqlalchemy as sa
@@ -49,7 +49,8 @@ class Landed:
     """What became of rows, by their position in the sequence that was landed.
 
     `inserted` and `corrected` count rows; `superseded` are older than what stands already and `repeated` say
-    nothing new, neither changes a value; `refused` maps a position to the reason.
+    nothing new, neither changes a value; `refused` maps a position to the reason. `changed` says which positions were
+    inserted or corrected, where `land` was asked to tell.
     """
 
     inserted: int = 0
@@ -57,6 +58,7 @@ class Landed:
     repeated: int = 0
     superseded: int = 0
     refused: dict[int, Reject] = field(default_factory=dict)
+    changed: dict[int, Literal["inserted", "corrected"]] = field(default_factory=dict)
 
     def add(self, other: Landed) -> None:
         """Add the counts and refusals of `other`, whose positions are of the same sequence."""
@@ -65,35 +67,37 @@ class Landed:
         self.repeated += other.repeated
         self.superseded += other.superseded
         self.refused.update(other.refused)
+        self.changed.update(other.changed)
 
 
-def land(connection: psycopg.Connection[Any], rows: Sequence[ParsedRow]) -> Landed:
+def land(connection: psycopg.Connection[Any], rows: Sequence[ParsedRow], *, tell: bool = False) -> Landed:
     """Insert new executions and apply corrections, inside the caller's open transaction.
 
+    With `tell`, `changed` names the positions that were inserted or corrected; files need the counts alone.
     A row that PostgreSQL itself refuses is found by halving and named in `refused`; the others land.
     Raises psycopg.OperationalError when the database goes away.
     """
     connection.execute(_STAGING)
-    return _land(connection, list(enumerate(rows)))
+    return _land(connection, list(enumerate(rows)), tell)
 
 
-def _land(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+def _land(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], tell: bool) -> Landed:
     if not rows:
         return Landed()
     try:
         with connection.transaction():
-            return _merge(connection, rows)
+            return _merge(connection, rows, tell)
     except _REFUSALS as error:
         if len(rows) == 1:
             reason = error.diag.message_primary or str(error)
             return Landed(refused={rows[0][0]: Reject("refused_by_database", reason)})
     middle = len(rows) // 2
-    landed = _land(connection, rows[:middle])
-    landed.add(_land(connection, rows[middle:]))
+    landed = _land(connection, rows[:middle], tell)
+    landed.add(_land(connection, rows[middle:], tell))
     return landed
 
 
-def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], tell: bool) -> Landed:
     landed = Landed()
     rounds, twins = _versions(rows)
     landed.repeated = sum(map(len, twins.values()))
@@ -109,7 +113,10 @@ def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]
             cursor.execute(_ANALYZE)
         for version, staged in enumerate(rounds):
             if version == 0:
-                landed.inserted = cursor.execute(_INSERT).rowcount
+                landed.inserted = cursor.execute(_INSERT_AND_TELL if tell else _INSERT).rowcount
+                if tell:
+                    new = {execution_id for (execution_id,) in cursor.fetchall()}
+                    landed.changed = {position: "inserted" for position, row in staged if row.execution_id in new}
                 if landed.inserted == len(staged):
                     continue
                 landed.repeated -= landed.inserted  # they equal themselves in the comparison below
@@ -168,6 +175,7 @@ def _apply(cursor: psycopg.Cursor[Any], version: int, landed: Landed) -> None:
         match verdict:
             case "corrected":
                 landed.corrected += 1
+                landed.changed[position] = "corrected"
                 newer.append(position)
             case "confirmed":
                 landed.repeated += 1
@@ -219,6 +227,8 @@ _INSERT: Final = sql.SQL(
     ON CONFLICT (execution_id) DO NOTHING
     """
 ).format(columns=_names(COLUMNS))
+
+_INSERT_AND_TELL: Final = _INSERT + sql.SQL("RETURNING execution_id")
 
 _SAME: Final = sql.SQL("(ROW({s}) IS NOT DISTINCT FROM ROW({t}))").format(
     s=_names(_CONTENT, "s"), t=_names(_CONTENT, "t")

@@ -21,6 +21,7 @@ from flywheel_pipeline.database.tables import telemetry_rejects
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.telemetry.contract import ParsedRow, Reject, parse_line
 from flywheel_pipeline.telemetry.landing import land
+from flywheel_pipeline.telemetry.reporters import SOURCE_PREFIX, confine, load_reporter, registered_at
 
 Status = Literal["open", "accepted", "discarded"]
 
@@ -184,6 +185,7 @@ def _require_open(connection: sa.Connection, ids: Sequence[int]) -> None:
 class _Open:
     id: int
     received_at: datetime
+    source: str
     line_number: int | None
     reason_code: str
     payload: bytes
@@ -194,7 +196,7 @@ def _open_rejects(connection: psycopg.Connection[Any], ids: Sequence[int] | None
     with connection.cursor(row_factory=class_row(_Open), binary=True) as cursor:
         return cursor.execute(
             """
-            SELECT id, received_at, line_number, reason_code, payload, payload_bytes
+            SELECT id, received_at, source, line_number, reason_code, payload, payload_bytes
             FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY id) - octet_length(payload) AS before
                   FROM telemetry_rejects
                   WHERE status = 'open' AND id > %(last)s
@@ -212,6 +214,13 @@ def _open_rejects(connection: psycopg.Connection[Any], ids: Sequence[int] | None
         ).fetchall()
 
 
+def _confined(connection: psycopg.Connection[Any], source: str, row: ParsedRow) -> ParsedRow | Reject:
+    """Hold what an appliance sent against its scope of today: trying again must not land what it may not report."""
+    reporter = load_reporter(connection, source.removeprefix(SOURCE_PREFIX))
+    (held,) = confine([row], reporter, lambda ids: registered_at(connection, reporter.sites, ids))
+    return held
+
+
 def _retry_batch(
     connection: psycopg.Connection[Any], batch: Sequence[_Open], now: datetime
 ) -> tuple[int, Counter[str]]:
@@ -223,6 +232,8 @@ def _retry_batch(
             parsed = Reject(item.reason_code, "")
         else:
             parsed = parse_line(item.payload, item.line_number, received_at=now)
+            if isinstance(parsed, ParsedRow) and item.source.startswith(SOURCE_PREFIX):
+                parsed = _confined(connection, item.source, parsed)
         if isinstance(parsed, Reject):
             refused.append((item, parsed))
         else:

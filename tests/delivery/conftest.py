@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from agent_http import Api, enrol
 from fleet_database import Fleet
+from starlette.testclient import TestClient
+
+from flywheel_pipeline.delivery.api.app import create_app
+from flywheel_pipeline.delivery.api.limits import Limits
 
 
 @pytest.fixture
@@ -30,3 +35,12 @@ def committed(engine: sa.Engine) -> Callable[[Callable[[Fleet], Any]], Any]:
             return act(Fleet(conn))
 
     return run
+
+
+@pytest.fixture
+def api(engine: sa.Engine) -> Iterator[Api]:
+    """The agent API in this process, on a database with two sites of one appliance each."""
+    tokens = [enrol(engine, f"site-{name}-01", f"site-{name}") for name in "ab"]
+    limits = Limits(requests_per_second=10_000.0, rows_per_second=1_000_000.0)
+    with TestClient(create_app(engine, limits), raise_server_exceptions=False) as client:
+        yield Api(client, engine, *tokens)

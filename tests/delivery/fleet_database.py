@@ -21,8 +21,8 @@ class Fleet:
         """Work on `conn`, in its transaction."""
         self.conn = conn
 
-    def batch(self, as_of: datetime = NOON) -> int:
-        """Open a batch at a given clock; returns its id."""
+    def batch(self, as_of: datetime | None = NOON) -> int:
+        """Open a batch at a given clock (None: the real one); returns its id."""
         row = {"run": f"run-{next(_numbers)}", "as_of": as_of}
         statement = """
             INSERT INTO refresh_batches (run_id, policy_name, policy_hash, as_of)
@@ -161,13 +161,18 @@ class Fleet:
         columns, places = ", ".join(row), ", ".join(f":{c}" for c in row)
         self.conn.execute(sa.text(f"INSERT INTO execution_telemetry ({columns}) VALUES ({places})"), row)
 
-    def commands(self) -> list[tuple[str, str, int, str]]:
-        """All commands as (appliance, rule, version, status)."""
+    def commands(self, command_type: str = "sync_promoted_rule") -> list[tuple[str, str, int, str]]:
+        """All commands of a type as (appliance, rule, version, status)."""
         statement = """
             SELECT appliance_id, rule_id, rule_version, status FROM appliance_commands
-            ORDER BY appliance_id, rule_id, rule_version
+            WHERE command_type = :type ORDER BY appliance_id, rule_id, rule_version
         """
-        return [tuple(row) for row in self.conn.execute(sa.text(statement))]
+        return [tuple(row) for row in self.conn.execute(sa.text(statement), {"type": command_type})]
+
+    def tombstones(self, appliance_id: str) -> list[dict[str, Any]]:
+        """What the manifest of an appliance says it must drop."""
+        statement = "SELECT tombstones FROM rule_manifests WHERE appliance_id = :id"
+        return list(self.conn.execute(sa.text(statement), {"id": appliance_id}).scalar_one())
 
     def snapshot(self) -> list[Any]:
         """Everything that delivery writes, row versions included."""

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import json
+
 import pytest
-from hypothesis import given
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flywheel_pipeline.delivery.capability import (
+    ARGUMENT,
     FIRST_VERSION,
+    ActionError,
     AgentVersion,
+    MalformedAction,
+    MissingArgument,
+    UnexpectedArgument,
+    UnknownForm,
     action_for,
     parse_action,
     parse_version,
@@ -167,3 +176,78 @@ def test_what_cannot_be_put_into_an_action_is_served_to_nobody(runbook_id: str, 
     answer = served_action(runbook_id, platform, "1.0.74")
     assert not answer.ok
     assert answer.reason
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "hint"),
+    [
+        ("", MalformedAction, "form:argument"),
+        (" escalate", MalformedAction, "form:argument"),
+        ("run_runbook:X\nescalate", MalformedAction, "one line"),
+        ("run_runbook: X", MalformedAction, "run_runbook:X without"),
+        ("Run-Runbook:X", MalformedAction, "Write run_runbook"),
+        ("reboot:now", UnknownForm, "run_windows_runbook"),
+        (":X", UnknownForm, "The forms are"),
+        ("restart_service", MissingArgument, "the name of a service"),
+        ("alert:", MissingArgument, "what to alert of"),
+        ("escalate:", UnexpectedArgument, "without a colon"),
+        ("escalate:now", UnexpectedArgument, "escalate alone"),
+    ],
+)
+def test_each_way_to_break_the_grammar_has_its_error_and_says_what_to_write(
+    action: str, error: type[ActionError], hint: str
+) -> None:
+    with pytest.raises(error) as refused:
+        parse_action(action)
+    assert type(refused.value) is error
+    assert hint in str(refused.value.hint)
+
+
+@given(
+    st.text(max_size=30) | st.builds("{}{}{}".format, st.sampled_from(sorted(FIRST_VERSION)), st.just(":"), st.text())
+)
+def test_every_text_is_an_action_that_is_spelled_back_or_a_typed_error(text: str) -> None:
+    try:
+        found = parse_action(text)
+    except ActionError:
+        return
+    assert found.form in FIRST_VERSION
+    assert text == (found.form if found.argument is None else f"{found.form}:{found.argument}")
+
+
+def test_a_form_that_the_agent_refused_is_served_no_more_whatever_it_claims() -> None:
+    current = served_action("RB-1", "windows", "1.0.74", refused=["run_windows_runbook"])
+    assert current.action == "run_runbook:RB-1"
+    reporting = served_action("RB-1", "windows", "1.0.74", ["run_windows_runbook"], ["run_windows_runbook"])
+    assert not reporting.ok
+    assert "although it reports the form" in reporting.reason
+    assert not served_action("RB-1", "windows", "1.0.74", refused=["run_windows_runbook", "run_runbook"]).ok
+    assert served_action("RB-1", "windows", "1.0.74", refused=["escalate"]).action == "run_windows_runbook:RB-1"
+
+
+versions = st.one_of(
+    st.none(),
+    st.sampled_from(["", "unknown", "1.0.69", "1.0.70-rc1", " v1.0.70 ", "1.0.44+b", "1.0"]),
+    st.text("1.0v- ", max_size=8),
+)
+reports = st.one_of(
+    st.none(),
+    st.lists(st.sampled_from([*sorted(FIRST_VERSION), "run_runbook:", "x"]), max_size=3),
+    st.just([1]),
+    st.just({}),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(versions, reports, st.sampled_from(sorted(FIRST_VERSION)))
+def test_the_database_reads_claims_as_this_room_does(
+    engine: sa.Engine, version: str | None, report: object, form: str
+) -> None:
+    action = form if ARGUMENT[form] is None else f"{form}:x"
+    here = supports(version, action, report)
+    with engine.connect() as connection:
+        there = connection.execute(
+            sa.text("SELECT flywheel_claims(:version, CAST(:report AS jsonb), :form)"),
+            {"version": version, "report": None if report is None else json.dumps(report), "form": form},
+        ).scalar_one()
+    assert there == (("version" if report is None else "report") if here.ok else None)

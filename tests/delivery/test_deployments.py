@@ -6,6 +6,7 @@ import pytest
 import sqlalchemy as sa
 from fleet_database import NOON, Fleet
 
+from flywheel_pipeline.aggregates.refresh import refresh
 from flywheel_pipeline.delivery.publish import (
     Deployment,
     acknowledge_command,
@@ -26,6 +27,7 @@ def publish(fleet: Fleet, at: datetime = NOON) -> None:
 
 
 def deployment(fleet: Fleet, appliance_id: str = "site-a-01", version: int = 1) -> Deployment:
+    refresh(fleet.conn)
     rows = deployments(fleet.conn, rule_id=RULE, appliance_id=appliance_id)
     [found] = [row for row in rows if row.rule_version == version]
     return found

@@ -108,7 +108,9 @@ def test_a_quarantined_rule_leaves_every_manifest_and_its_open_commands_are_supe
     fleet.quarantine("RB-AUTO-FIREWALL")
     manifests, commands = publish(fleet, NOON + HOUR)
     assert manifests.written == 2
-    assert (commands.superseded, commands.open) == (2, 2)
+    # The appliance that was told of it is told to drop it; the other never knew.
+    assert (commands.superseded, commands.withdrawn, commands.open) == (2, 1, 3)
+    assert fleet.commands("withdraw_rule") == [("site-a-01", *FIREWALL, "pending")]
     assert "RB-AUTO-FIREWALL" not in served(fleet, "site-a-01") | served(fleet, "site-b-01")
     assert fleet.commands() == [
         ("site-a-01", *FIREWALL, "superseded"),

@@ -78,6 +78,29 @@ FAULTS: dict[str, tuple[int, str]] = {
         7,
         "UPDATE rule_manifests SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
     ),
+    "a stored content edited": (
+        7,
+        "UPDATE manifest_contents SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
+    ),
+    "a manifest and its content edited alike, hash included": (
+        7,
+        "UPDATE manifest_contents SET withheld = '[]'; UPDATE rule_manifests SET withheld = '[]'; "
+        "UPDATE manifest_contents SET manifest_hash = repeat('0', 64); UPDATE rule_manifests SET manifest_hash = repeat('0', 64)",
+    ),
+    "what a manifest withholds edited": (
+        7,
+        'UPDATE manifest_contents SET withheld = withheld || \'[{"rule_id": "X"}]\'; '
+        'UPDATE rule_manifests SET withheld = withheld || \'[{"rule_id": "X"}]\'',
+    ),
+    "a rule struck from the list of a content": (
+        7,
+        "UPDATE manifest_contents SET rule_ids = '{}', rule_versions = '{}'",
+    ),
+    "a content deleted": (7, "DELETE FROM manifest_contents"),
+    "a manifest that forgot its content and was edited": (
+        7,
+        "UPDATE rule_manifests SET content_hash = NULL, rules = '[]'",
+    ),
     "a command doubled": (
         7,
         "DROP INDEX appliance_commands_rule_key; "

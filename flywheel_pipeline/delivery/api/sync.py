@@ -1,0 +1,196 @@
+"""GET /agent/sync: what an appliance should run, and what it is told to do.
+
+The answer is a function of its ETag: rules, versions, tombstones, healing tier and open commands. A request that names
+the tag in If-None-Match is answered 304 from one query that never touches the rules. A command is open from the moment it
+is queued until it is answered or ends; it stays in every answer, so that an answer lost on its way loses no command. It
+is marked delivered when the appliance is handed it, or shows by the tag that it has it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import psycopg
+from psycopg.rows import namedtuple_row
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flywheel_pipeline.delivery.api.connections import speak_for
+from flywheel_pipeline.delivery.api.problems import Problem
+from flywheel_pipeline.delivery.api.state import admit, worker_of
+from flywheel_pipeline.delivery.publish import take_commands
+from flywheel_pipeline.delivery.tokens import Caller
+
+_OPEN: Final = """
+  SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
+    coalesce(jsonb_agg(jsonb_build_object('id', id, 'command_type', command_type, 'params', params,
+      'created_at', created_at, 'expires_at', expires_at) ORDER BY created_at, params ->> 'rule_id', id), '[]') AS commands
+  FROM appliance_commands
+  WHERE appliance_id = %(appliance)s AND status IN ('pending', 'delivered')
+    AND (expires_at IS NULL OR expires_at > clock_timestamp())
+"""
+_HEAD: Final = f"""
+SELECT m.manifest_hash, m.tombstones::text AS tombstones, s.healing_tier, c.pending, c.commands::text AS commands
+FROM rule_manifests m
+LEFT JOIN sites s ON s.site_id = m.site_id
+CROSS JOIN ({_OPEN}) AS c
+WHERE m.appliance_id = %(appliance)s AND m.site_id = ANY (%(sites)s)
+"""  # noqa: S608
+_RULES: Final = "SELECT rules FROM rule_manifests WHERE appliance_id = %s AND manifest_hash = %s"
+_GZIP_FROM_BYTES: Final = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """All that an answer depends on, but for the rules that `manifest_hash` stands for."""
+
+    manifest_hash: str
+    tombstones: str
+    healing_tier: str | None
+    pending: int
+    commands: str
+
+    @property
+    def tag(self) -> str:
+        """Hash of the answer's content."""
+        parts = (self.manifest_hash, self.tombstones, self.healing_tier, self.commands)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    plain: bytes
+    zipped: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.plain) + len(self.zipped)
+
+
+class _Bodies:
+    """Answers by their tag. The tag is a hash of the content, so nothing here is ever out of date; least used go first."""
+
+    def __init__(self, limit_bytes: int = 64 << 20) -> None:
+        self._limit = limit_bytes
+        self._held = 0
+        self._bodies: OrderedDict[str, _Body] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, tag: str) -> _Body | None:
+        """The answer of this tag, if it is held."""
+        with self._lock:
+            body = self._bodies.get(tag)
+            if body is not None:
+                self._bodies.move_to_end(tag)
+            return body
+
+    def put(self, tag: str, body: _Body) -> None:
+        """Hold an answer."""
+        with self._lock:
+            if tag in self._bodies or body.size > self._limit:
+                return
+            self._bodies[tag] = body
+            self._held += body.size
+            while self._held > self._limit:
+                _, dropped = self._bodies.popitem(last=False)
+                self._held -= dropped.size
+
+
+_BODIES: Final = _Bodies()
+
+
+async def sync(request: Request) -> Response:
+    """The manifest of the calling appliance and its open commands; 304 where it has both already."""
+    wanted = _tags(request)
+    caller, (head, body) = await admit(request, lambda connection, caller: _read(connection, caller, wanted))
+    if head is None:
+        raise Problem(
+            503,
+            "manifest_pending",
+            "No manifest has been built for this appliance yet.",
+            "Keep the rules that run now and ask again; the next refresh builds it.",
+            headers={"Retry-After": "60"},
+        )
+    if head.pending:
+        await worker_of(request).connections.write(
+            caller, lambda connection: take_commands(connection, caller.appliance_id, datetime.now(UTC))
+        )
+    tag = head.tag
+    zipped = "gzip" in request.headers.get("accept-encoding", "").lower()
+    headers = {
+        "ETag": f'"{tag}-gzip"' if zipped else f'"{tag}"',
+        "Cache-Control": "private, no-cache",
+        "Vary": "Accept-Encoding, Authorization",
+    }
+    if body is None:
+        return Response(status_code=304, headers=headers)
+    if zipped and body.zipped:
+        headers["Content-Encoding"] = "gzip"
+        return Response(body.zipped, headers=headers, media_type="application/json")
+    headers["ETag"] = f'"{tag}"'
+    return Response(body.plain, headers=headers, media_type="application/json")
+
+
+def _tags(request: Request) -> frozenset[str]:
+    """The tags that the caller has, whatever their encoding; `*` names none in particular and is no tag."""
+    values = ",".join(request.headers.getlist("if-none-match"))
+    return frozenset(part.strip().removeprefix("W/").strip('"').removesuffix("-gzip") for part in values.split(",")) - {
+        "",
+        "*",
+    }
+
+
+def _read(
+    connection: psycopg.Connection[Any], caller: Caller, wanted: frozenset[str]
+) -> tuple[_Head | None, _Body | None]:
+    """The head of the answer, and its body unless the caller has it."""
+    for _ in range(3):
+        # Sent at once: a transaction costs no more round trips than its query alone.
+        with connection.pipeline(), connection.transaction():
+            speak_for(connection, caller)
+            head = _head(connection, caller)
+            if head is None or head.tag in wanted:
+                return head, None
+            body = _BODIES.get(head.tag) or _made(connection, caller, head)
+        if body is not None:
+            return head, body
+    # Three manifests were replaced between two queries each: the next sync finds a calmer moment.
+    raise Problem(
+        503, "manifest_changing", "The manifest is being replaced.", "Ask again.", headers={"Retry-After": "1"}
+    )
+
+
+def _head(connection: psycopg.Connection[Any], caller: Caller) -> _Head | None:
+    with connection.cursor(row_factory=namedtuple_row) as cursor:
+        row: Any = cursor.execute(_HEAD, {"appliance": caller.appliance_id, "sites": sorted(caller.sites)}).fetchone()
+    return None if row is None else _Head(*row)
+
+
+def _made(connection: psycopg.Connection[Any], caller: Caller, head: _Head) -> _Body | None:
+    """Make the answer of this head; None where its manifest was replaced meanwhile."""
+    row = connection.execute(_RULES, (caller.appliance_id, head.manifest_hash)).fetchone()
+    if row is None:
+        return None
+    rules = row[0]
+    answer = {
+        "rules": rules,
+        "healing_tier": head.healing_tier,
+        "version": head.manifest_hash[:12],
+        "count": len(rules),
+        "manifest_hash": head.manifest_hash,
+        "rule_versions": {rule["id"]: rule["version"] for rule in rules},
+        "tombstones": json.loads(head.tombstones),
+        "commands": json.loads(head.commands),
+    }
+    plain = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
+    zipped = gzip.compress(plain, 6, mtime=0) if len(plain) >= _GZIP_FROM_BYTES else b""
+    body = _Body(plain, zipped)
+    _BODIES.put(head.tag, body)
+    return body
