@@ -21,13 +21,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from fault_lab import FORK, PASSING
+from fault_lab import FORK, PASSING, end_with_parent
 
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.errors import DatabaseUnavailable
@@ -191,7 +191,7 @@ class Writer:
         self.process.start()
 
     def kill(self) -> None:
-        """kill -9; the step in flight was committed or was not."""
+        """Kill -9; the step in flight was committed or was not."""
         os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
@@ -213,6 +213,7 @@ def _allowed(place: Path) -> int:
 
 
 def _write(writer: Writer) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _send_all(writer)
@@ -286,6 +287,10 @@ class Truth:
 
     stream: Stream
     rows: dict[str, tuple[Cell | None, bool]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    successes: Counter[str] = field(default_factory=Counter)
+    cells: Counter[Cell] = field(default_factory=Counter)
+    healed: Counter[Cell] = field(default_factory=Counter)
     taken: Counter[int] = field(default_factory=Counter)
     bad: set[bytes] = field(default_factory=set)
 
@@ -294,12 +299,27 @@ class Truth:
         last = writer.acknowledged
         for number in range(self.taken[writer.number] + 1, last + 1):
             step = self.stream.step(writer.number, number)
-            for row in step.rows:
-                if step.kind == "new" or (step.kind == "corrected"):
-                    self.rows[row["execution_id"]] = (_cell(row), row["success"])
+            for row in step.rows if step.kind != "again" else ():
+                self._set(row["execution_id"], _cell(row), row["success"])
             if writer.number % 2 == 0:
                 self.bad.update(step.bad)
         self.taken[writer.number] = last
+
+    def _set(self, name: str, cell: Cell | None, success: bool) -> None:
+        writer = name[:3]
+        if name in self.rows:
+            before = self.rows[name][1]
+            self.successes[writer] -= before
+            if cell is not None:
+                self.healed[cell] -= before
+        else:
+            self.counts[writer] += 1
+            if cell is not None:
+                self.cells[cell] += 1
+        self.rows[name] = (cell, success)
+        self.successes[writer] += success
+        if cell is not None:
+            self.healed[cell] += success
 
     def differences(self, engine: sa.Engine) -> list[str]:
         """Hold the log and the counters against it: lost rows, rows too many, other outcomes, other counters."""
@@ -319,23 +339,14 @@ class Truth:
                 )
             }
             rejects = {bytes(p) for p in connection.exec_driver_sql("SELECT payload FROM telemetry_rejects").scalars()}
-        rows: Counter[str] = Counter()
-        successes: Counter[str] = Counter()
-        cells: Counter[Cell] = Counter()
-        healed: Counter[Cell] = Counter()
-        for name, (cell, success) in self.rows.items():
-            rows[name[:3]] += 1
-            successes[name[:3]] += success
-            if cell is not None:
-                cells[cell] += 1
-                healed[cell] += success
-        for writer in sorted({*rows, *kept}):
-            wanted, is_there = (rows[writer], successes[writer]), kept.get(writer, (0, 0))
+        for writer in sorted({*self.counts, *kept}):
+            wanted, is_there = (self.counts[writer], self.successes[writer]), kept.get(writer, (0, 0))
             if wanted != is_there:
                 found.append(f"{writer}: {wanted} rows and successes acknowledged, {is_there} in the log")
-        wanted_cells = {cell: (count, healed[cell]) for cell, count in cells.items()}
-        for cell in sorted({*wanted_cells, *counted}, key=str):
-            if wanted_cells.get(cell) != counted.get(cell):
+        wanted_cells = {cell: (count, self.healed[cell]) for cell, count in self.cells.items()}
+        if wanted_cells != counted:
+            off = [c for c in {*wanted_cells, *counted} if wanted_cells.get(c) != counted.get(c)]
+            for cell in sorted(off, key=str):
                 found.append(f"{cell}: {wanted_cells.get(cell)} sent, {counted.get(cell)} counted")
         found += [f"refused and not in the rejects: {line!r}" for line in self.bad - rejects]
         return found
@@ -348,7 +359,7 @@ class Truth:
 
 FINGERPRINT = (
     "SELECT md5(string_agg(execution_id || '|' || CASE WHEN success THEN 't' ELSE 'f' END, E'\\n' "
-    "ORDER BY execution_id COLLATE \"C\")) FROM execution_telemetry"
+    'ORDER BY execution_id COLLATE "C")) FROM execution_telemetry'
 )
 
 
@@ -358,9 +369,3 @@ def _cell(row: Mapping[str, Any]) -> Cell | None:
     if row["resolution_level"] != "L1" or row["chaos_campaign_id"] or arrived - at > dt.timedelta(days=730):
         return None
     return row["site_id"], at.date(), row["runbook_id"]
-
-
-def journals(writers: list[Writer]) -> Iterator[int]:
-    """The number of the last acknowledged step of each writer."""
-    for writer in writers:
-        yield writer.acknowledged

@@ -1,8 +1,8 @@
 """A soak: writers, pipelines and a daemon at work, and one random fault after the other.
 
 After each fault: every writer gets through what it was allowed to send, one refresh, and then the log must hold exactly
-what was acknowledged, the counters what a recount from the journals gives, and the doctor must find all twelve
-invariants whole. Equal seeds send equal rows and choose equal faults; where in a transaction a fault strikes is chance.
+what was acknowledged, the counters what a recount from the journals gives, and the doctor must find the invariants
+whole. Equal seeds send equal rows and choose equal faults; where in a transaction a fault strikes is chance.
 
     python tests/faults/soak.py [--quick] [--seed N] [--faults N] [--rows N] [--writers N] [--json]
 
@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-for _room in ("faults", "aggregates"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _room))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "aggregates"))
 
 import dagster as dg
 import plain_recount
@@ -44,6 +44,7 @@ from fault_lab import (
     SmallDisk,
     backends,
     broken_invariants,
+    end_with_parent,
     kill_postmaster,
     kill_server_process,
     refresh_once,
@@ -65,6 +66,9 @@ from flywheel_pipeline.promotion.acts import act
 from flywheel_pipeline.sql_models.loader import load_models
 
 DAYS = 40
+#: The doctor reads the whole log for these. The truth of the journals stands in for them after each fault, and these are
+#: asked after every `examine_every`-th and at the end.
+READ_THE_WHOLE_LOG = (1, 2, 8)
 PLAIN_SITES = ("soak-03", "soak-17")
 #: What a run may fail of while a fault lasts; anything else is a fault of the product.
 EXCUSED = (
@@ -139,6 +143,7 @@ class Report:
 
 def _run_pipelines(job: dg.JobDefinition, record: Path, pause: float) -> None:
     """Run the whole graph again and again, as a daemon's run workers do; note what became of each run."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     with dg.DagsterInstance.ephemeral() as instance:
@@ -175,7 +180,7 @@ class Pipeline:
         self.process.start()
 
     def kill(self) -> None:
-        """kill -9, in the middle of a step."""
+        """Kill -9, in the middle of a step."""
         os.kill(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
 
@@ -194,6 +199,7 @@ class Soak:
         rows: int,
         writers: int,
         daemon: bool,
+        examine_every: int,
         home: Path,
         megabytes: int,
         only: tuple[str, ...] = (),
@@ -201,6 +207,7 @@ class Soak:
         """Start the server on a small disk, the writers, the pipelines and the daemon."""
         self.pick = random.Random(seed)
         self.rounds = faults
+        self.examine_every = examine_every
         self.home = home
         self.report = Report(seed)
         self.disk: SmallDisk | None = None
@@ -210,14 +217,17 @@ class Soak:
             self.report.left_out["disk full"] = str(error)
         self.settings = Settings(home=(home / "disk") if self.disk else home / "plain")
         self.server = EmbeddedServer(
-            self.settings.home, options={"max_wal_size": "256MB", "shared_buffers": "128MB", "log_min_messages": "panic"}
+            self.settings.home,
+            options={"max_wal_size": "256MB", "shared_buffers": "128MB", "log_min_messages": "panic"},
         )
         url = self.server.ensure_running()
         self.engine = open_engine(url)
         migrate.upgrade(self.engine)
         self.models = load_models()
-        self.first_day = dt.datetime.combine(dt.date.today(), dt.time(), dt.UTC) - dt.timedelta(days=DAYS + 1)
-        rows_a_step = 125 if rows >= 500_000 else 40
+        self.first_day = dt.datetime.now(dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0) - dt.timedelta(
+            days=DAYS + 1
+        )
+        rows_a_step = 250 if rows >= 500_000 else 40
         # Of ten steps about 8.4 bring new rows.
         self.steps_a_round = max(round(rows / 0.83 / writers / rows_a_step / faults + 0.5), 1)
         self.stream = Stream(seed, self.steps_a_round * faults, rows_a_step, self.first_day, DAYS)
@@ -236,7 +246,8 @@ class Soak:
         )
         job = definitions.resolve_job_def(PIPELINE_JOB)
         self.pipelines = [
-            Pipeline(job, self.place / f"pipeline-{number}.log", 2.0 if daemon else 0.2) for number in range(2)
+            Pipeline(job, self.place / f"pipeline-{number}.log", 5.0 if daemon else 0.2)
+            for number in range(1 if daemon else 2)
         ]
         for writer in self.writers:
             writer.start()
@@ -504,7 +515,9 @@ class Soak:
     def _judge(self, number: int, kind: str) -> None:
         found = self._patiently(lambda: self.truth.differences(self.engine))
         self.report.differences += [f"after fault {number} ({kind}): {line}" for line in found[:5]]
-        broken = self._patiently(lambda: broken_invariants(self.engine))
+        whole = number % self.examine_every == 0
+        invariants = tuple(i for i in range(1, 13) if whole or i not in READ_THE_WHOLE_LOG)
+        broken = self._patiently(lambda: broken_invariants(self.engine, invariants=invariants))
         self.report.illegal += [f"after fault {number} ({kind}): {i}: {sentence}" for i, sentence in broken.items()]
 
     def _conclude(self) -> None:
@@ -543,7 +556,7 @@ class Soak:
                         self.report.unexcused.append(f"{step}: {name}: {message.strip()[:300]}")
 
     def stop_processes(self) -> None:
-        """kill -9 of writers, pipelines and daemons."""
+        """Kill -9 of writers, pipelines and daemons."""
         for daemon in self.daemons:
             daemon.kill()
         self.daemons.clear()
@@ -611,8 +624,9 @@ def soak(arguments: argparse.Namespace, progress: Callable[[str], None]) -> Repo
             rows=arguments.rows,
             writers=arguments.writers,
             daemon=not arguments.quick,
+            examine_every=1 if arguments.quick else 20,
             home=home,
-            megabytes=1000 if arguments.quick else 4000,
+            megabytes=600 if arguments.quick else 3000,
             only=tuple(arguments.only),
         )
         return one.run(progress)
@@ -664,6 +678,7 @@ def table(report: Report) -> str:
 def main() -> int:
     """Play the soak, print the table; 1 if it was not sound."""
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     report = soak(arguments, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else table(report))
     return 0 if report.sound else 1
