@@ -253,8 +253,6 @@ class Soak:
             writer.start()
         self.with_daemon = daemon
         self.daemons: list[Daemon] = []
-        if daemon:
-            self.daemons.append(Daemon(self.settings, url))
         self.kinds: dict[str, Callable[[], None]] = {
             "connections terminated": self._terminate,
             "one backend killed": self._kill_backend,
@@ -274,14 +272,18 @@ class Soak:
         }
         if self.disk is not None:
             self.kinds["disk full"] = self._fill_disk
-        if daemon:
-            self.kinds["run worker killed"] = self._kill_run_worker
-            self.kinds["run interrupted"] = self._interrupt_run
-            self.kinds["daemon killed"] = self._kill_daemon
-            self.kinds["two daemons"] = self._two_daemons
-            self.kinds["everything killed"] = self._kill_everything
+        self.of_daemons: dict[str, Callable[[], None]] = {
+            "run worker killed": self._kill_run_worker,
+            "run interrupted": self._interrupt_run,
+            "daemon killed": self._kill_daemon,
+            "two daemons": self._two_daemons,
+            "everything killed": self._kill_everything,
+        }
+        if not daemon:
+            self.of_daemons = {}
         if only:
-            self.kinds = {kind: self.kinds[kind] for kind in only}
+            self.kinds = {kind: harm for kind, harm in self.kinds.items() if kind in only}
+            self.of_daemons = {kind: harm for kind, harm in self.of_daemons.items() if kind in only}
 
     def _prepare(self) -> None:
         with self.engine.begin() as connection:
@@ -437,13 +439,14 @@ class Soak:
         deck: list[str] = []
         for number in range(1, self.rounds + 1):
             if not deck:
-                deck = self.pick.sample(sorted(self.kinds), len(self.kinds))
+                deck = self._shuffled()
             kind = deck.pop()
+            self._staff(kind)
             day = number * DAYS // self.rounds
             self._patiently(lambda day=day: self._set_clock(self.first_day + dt.timedelta(days=day + 1)))  # type: ignore[misc]
             allow(self.place, number * self.steps_a_round)
             time.sleep(self.pick.random() * 0.3)
-            self._patiently(self.kinds[kind])
+            self._patiently({**self.kinds, **self.of_daemons}[kind])
             healed = time.monotonic()
             self._revive()
             self._acts(number)
@@ -461,6 +464,25 @@ class Soak:
         self._conclude()
         self.report.seconds = time.monotonic() - begun
         return self.report
+
+    def _shuffled(self) -> list[str]:
+        """The next faults, the last one first: all of the database's twice, then all of the daemon's in a row."""
+        rest = [*self.kinds, *self.kinds] if self.of_daemons else list(self.kinds)
+        return [
+            *self.pick.sample(sorted(self.of_daemons), len(self.of_daemons)),
+            *self.pick.sample(sorted(rest), len(rest)),
+        ]
+
+    def _staff(self, kind: str) -> None:
+        """Have a daemon at work for the faults of daemons, and kill it behind them: it would take half the machine."""
+        if kind in self.of_daemons and not self.daemons:
+            self._daemon()
+        if kind not in self.of_daemons and self.daemons:
+            for daemon in self.daemons:
+                daemon.kill()
+            self.daemons.clear()
+            for pid in run_workers(self.settings.home):
+                kill_server_process(pid)
 
     def _patiently(self, what: Callable[[], Any]) -> Any:
         """Do it, again and again while the database is not there; start the server where it ended."""
@@ -482,7 +504,6 @@ class Soak:
         for daemon in ended:
             daemon.kill()
             self.daemons.remove(daemon)
-        if self.with_daemon and not self.daemons:
             self._daemon()
 
     def _acts(self, number: int) -> None:
@@ -624,7 +645,7 @@ def soak(arguments: argparse.Namespace, progress: Callable[[str], None]) -> Repo
             rows=arguments.rows,
             writers=arguments.writers,
             daemon=not arguments.quick,
-            examine_every=1 if arguments.quick else 20,
+            examine_every=1 if arguments.quick else 50,
             home=home,
             megabytes=600 if arguments.quick else 3000,
             only=tuple(arguments.only),
