@@ -345,6 +345,15 @@ def _decisions(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         "ORDER BY decision_id",
         "a decision without policy, evidence or reasons",
     )
+    # A gate that a later release requires is asked of later batches only: what counts is what this batch was told.
+    yield from _rows(
+        connection,
+        "SELECT e.rule_id, e.event_id, e.batch_id FROM rule_events AS e WHERE e.kind IN ('promoted', 'advanced') AND ("
+        "NOT EXISTS (SELECT FROM gate_verdicts AS v WHERE v.batch_id = e.batch_id) OR EXISTS ("
+        "SELECT FROM gate_verdicts AS v JOIN required_gates AS g ON g.gate = v.gate "
+        "WHERE v.batch_id = e.batch_id AND v.verdict <> 'pass')) ORDER BY e.event_id",
+        "promoted past the gates of its batch",
+    )
     for row in connection.execute(
         sa.text(
             "SELECT event_id, rule_id, kind, certificate, policy_hash FROM rule_events "
