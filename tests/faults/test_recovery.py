@@ -43,16 +43,22 @@ def test_after_a_kill_of_everything_the_next_refresh_is_exact_within_a_minute(tm
     migrate.upgrade(engine)
     daemon = Daemon(settings, url)
     try:
-        with engine.begin() as connection:
-            insert(connection, [row(hostname=f"h{n}") for n in range(20)])
-        until(
-            lambda: value(engine, "SELECT (to_regclass('dagster.runs') IS NOT NULL)::int") == 1, 90, "Dagster's tables"
-        )
-        until(lambda: value(engine, "SELECT count(*) FROM dagster.runs WHERE status = 'STARTED'") == 1, 120, "a run")
-        daemon.kill()
-        for pid in run_workers(settings.home):
-            kill_server_process(pid)
-        kill_postmaster(server)
+        with engine.connect() as holder:
+            holder.exec_driver_sql("SELECT flywheel_lock_refresh()")  # so the run is surely in its refresh when it dies
+            with engine.begin() as connection:
+                insert(connection, [row(hostname=f"h{n}") for n in range(20)])
+            waiting = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                "AND wait_event_type = 'Lock' AND wait_event = 'advisory'"
+            )
+            until(lambda: value(engine, waiting) == 1, 120, "a run that waits for the refresh lock")
+            workers = run_workers(settings.home)
+            assert workers != []
+            daemon.kill()
+            for pid in workers:
+                kill_server_process(pid)
+            kill_postmaster(server)
+            holder.invalidate()
 
         begun = time.monotonic()
         server.ensure_running()
