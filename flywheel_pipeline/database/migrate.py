@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from alembic import command
 from sqlalchemy import Connection, Engine
 
-from flywheel_pipeline.database import declared, seed
+from flywheel_pipeline.database import declared, roles, seed
 from flywheel_pipeline.database.drift import Difference, check
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.errors import DatabaseUnavailable, SchemaMismatch
@@ -50,8 +50,8 @@ def upgrade(
     """Bring the database to this release: all of it or nothing, in one transaction under an advisory lock.
 
     In order: the schema for Dagster's tables, migrations, changed routines, changed SQL models, changed
-    seeds. Up to date already, it changes nothing and reports no changes. `progress` receives each change as
-    it is made. Writers may go on: where a table cannot be locked within `lock_timeout_seconds`, everything is
+    seeds, roles and their grants. Up to date already, it changes nothing and reports no changes. `progress`
+    receives each change as it is made. Writers may go on: where a table cannot be locked within `lock_timeout_seconds`, everything is
     undone and tried again, until `patience_seconds` are over.
 
     Raises SchemaMismatch when the database is at a revision that this release does not know, or holds tables
@@ -118,10 +118,11 @@ def _upgrade_once(engine: Engine, progress: Progress | None, lock_timeout_second
 
 
 def installation(connection: Connection) -> Iterator[str]:
-    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds; yield each change."""
+    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds, roles; yield each change."""
     yield from _apply_routines(connection)
     yield from declared.sync_sql_models(connection)
     yield from seed.apply_seeds(connection)
+    yield from roles.apply_roles(connection)
 
 
 def create_dagster_schema(connection: Connection) -> Iterator[str]:
