@@ -3,6 +3,7 @@
 #   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
 #   make up     plays that day unless it was played before, then the Dagster UI with its daemon; Ctrl-C stops them
 #   make test   lint and all tests
+#   make faults the fault suite, and a soak of 210 random faults; make faults QUICK=1 takes a minute or two
 #   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	then echo $$p; break; fi; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: run up test lint bench clean install lock
+.PHONY: run up test lint faults bench clean install lock
 .DEFAULT_GOAL := run
 
 run: install
@@ -32,6 +33,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: install
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/soak.py $(if $(QUICK),--quick)
 
 bench: install
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)

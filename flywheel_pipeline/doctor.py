@@ -243,13 +243,19 @@ def _cells_against_models(connection: sa.Connection, graph: ModelGraph) -> list[
 
 def _attribution(connection: sa.Connection) -> Iterator[dict[str, Any]]:
     """2. Every L1 execution stands under a known rule or under the unresolved ids."""
+    # Counted by rule first: asking for each row whether its rule is known took 7 s for 100,000 rows.
     gap = connection.execute(
         sa.text(
-            f"WITH {_READ_ANEW} "  # noqa: S608 (constants)
-            "SELECT count(*) AS l1, count(*) FILTER (WHERE EXISTS (SELECT FROM l1_rules AS r WHERE r.rule_id = counted_rule)) "
-            "AS attributed, count(*) FILTER (WHERE EXISTS (SELECT FROM unresolved_rule_ids AS u WHERE u.rule_id = counted_rule)) "
-            "AS unresolved FROM named WHERE level = 'L1' AND NOT synthetic "
-            "AND NOT EXISTS (SELECT FROM touched_cells AS c WHERE c.day IN (named.day, named.day + 1))"
+            f"WITH {_READ_ANEW}, "  # noqa: S608 (constants)
+            "by_rule AS MATERIALIZED (SELECT counted_rule, day, count(*) AS n FROM named WHERE level = 'L1' AND NOT synthetic "
+            "GROUP BY 1, 2), "
+            "settled AS (SELECT counted_rule, sum(n) AS n FROM by_rule AS b WHERE NOT EXISTS ("
+            "SELECT FROM touched_cells AS c WHERE c.day IN (b.day, b.day + 1)) GROUP BY 1) "
+            "SELECT coalesce(sum(n), 0)::bigint AS l1, "
+            "coalesce(sum(n) FILTER (WHERE EXISTS (SELECT FROM l1_rules AS r WHERE r.rule_id = counted_rule)), 0)::bigint "
+            "AS attributed, "
+            "coalesce(sum(n) FILTER (WHERE counted_rule IN (SELECT u.rule_id FROM unresolved_rule_ids AS u)), 0)::bigint "
+            "AS unresolved FROM settled"
         )
     ).one()
     if gap.l1 != gap.attributed + gap.unresolved:
@@ -338,6 +344,15 @@ def _decisions(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         "OR btrim(reason) = '' OR jsonb_typeof(gates) <> 'array' OR gates = '[]' OR jsonb_typeof(evidence) <> 'object' "
         "ORDER BY decision_id",
         "a decision without policy, evidence or reasons",
+    )
+    # A gate that a later release requires is asked of later batches only: what counts is what this batch was told.
+    yield from _rows(
+        connection,
+        "SELECT e.rule_id, e.event_id, e.batch_id FROM rule_events AS e WHERE e.kind IN ('promoted', 'advanced') AND ("
+        "NOT EXISTS (SELECT FROM gate_verdicts AS v WHERE v.batch_id = e.batch_id) OR EXISTS ("
+        "SELECT FROM gate_verdicts AS v JOIN required_gates AS g ON g.gate = v.gate "
+        "WHERE v.batch_id = e.batch_id AND v.verdict <> 'pass')) ORDER BY e.event_id",
+        "promoted past the gates of its batch",
     )
     for row in connection.execute(
         sa.text(

@@ -6,6 +6,7 @@ the declarations (`tables.py`, `declared.py`, `seed.py`), and how the comparison
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +25,11 @@ __all__ = ["DAGSTER_SCHEMA", "Difference", "Progress", "UpgradeReport", "check",
 
 DAGSTER_SCHEMA: Final = "dagster"
 
+# Writers queue behind whoever waits for a lock on their table. So nobody is waited for longer than this; then the upgrade
+# steps back, lets the queue through, and tries again.
+LOCK_TIMEOUT_SECONDS: Final = 2.0
+PATIENCE_SECONDS: Final = 120.0
+
 Progress = Callable[[str], None]
 
 
@@ -34,22 +40,68 @@ class UpgradeReport:
     changes: tuple[str, ...]
 
 
-def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeReport:
+def upgrade(
+    engine: Engine,
+    *,
+    progress: Progress | None = None,
+    lock_timeout_seconds: float = LOCK_TIMEOUT_SECONDS,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> UpgradeReport:
     """Bring the database to this release: all of it or nothing, in one transaction under an advisory lock.
 
     In order: the schema for Dagster's tables, migrations, changed routines, changed SQL models, changed
-    seeds, roles and their grants. Up to date already, it changes nothing and reports no changes. `progress` receives each change as
-    it is made.
+    seeds, roles and their grants. Up to date already, it changes nothing and reports no changes. `progress`
+    receives each change as it is made. Writers may go on: where a table cannot be locked within `lock_timeout_seconds`, everything is
+    undone and tried again, until `patience_seconds` are over.
 
     Raises SchemaMismatch when the database is at a revision that this release does not know, or holds tables
-    of our names that Flywheel did not create; DatabaseUnavailable when the role may not create tables.
+    of our names that Flywheel did not create; DatabaseUnavailable when the role may not create tables, or when
+    somebody kept a table locked all the time.
     """
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return _upgrade_once(engine, progress, lock_timeout_seconds)
+        except (sa.exc.OperationalError, psycopg.OperationalError) as error:
+            cause = error.orig if isinstance(error, sa.exc.OperationalError) else error
+            if not isinstance(cause, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)):
+                raise
+            if time.monotonic() >= deadline:
+                raise DatabaseUnavailable(
+                    f"The upgrade could not lock the tables it changes within {patience_seconds:.0f} s; nothing was changed.",
+                    hint=f"{_who_is_at_work(engine)} End it, or upgrade when less is going on.",
+                ) from error
+        if progress is not None:
+            progress("a table is in use: stepping back for the writers, and trying again")
+        time.sleep(lock_timeout_seconds / 2)
+
+
+def _who_is_at_work(engine: Engine) -> str:
+    with engine.connect() as connection:
+        row = connection.execute(
+            sa.text(
+                "SELECT pid, application_name, state, extract(epoch FROM clock_timestamp() - xact_start)::int AS seconds "
+                "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+                "AND xact_start IS NOT NULL ORDER BY xact_start LIMIT 1"
+            )
+        ).one_or_none()
+    if row is None:
+        return "No transaction is open any more."
+    return (
+        f"The oldest transaction is that of process {row.pid} ({row.application_name}, {row.state}, {row.seconds} s)."
+    )
+
+
+def _upgrade_once(engine: Engine, progress: Progress | None, lock_timeout_seconds: float) -> UpgradeReport:
     changes: list[str] = []
     steps = (create_dagster_schema, _migrate, installation)
     try:
         with engine.begin() as connection:
             connection.execute(sa.text(f"SET LOCAL search_path = {declared.SCHEMA}"))
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('flywheel:upgrade'))"))
+            connection.execute(
+                sa.text("SELECT set_config('lock_timeout', :ms, true)"), {"ms": f"{lock_timeout_seconds * 1000:.0f}ms"}
+            )
             for step in steps:
                 for change in step(connection):
                     changes.append(change)

@@ -489,7 +489,11 @@ def _store(
         stored.append(Decided(decision_id, subject_kind, subject_id, True, decision, _alarms(evidence)))
     if confirmed:
         connection.execute(
-            sa.text("UPDATE promotion_decisions SET confirmed_batch_id = :batch WHERE decision_id = ANY(:ids)"),
+            # What a later batch confirmed meanwhile stays confirmed by it: this batch was overtaken.
+            sa.text(
+                "UPDATE promotion_decisions SET confirmed_batch_id = :batch "
+                "WHERE decision_id = ANY(:ids) AND confirmed_batch_id <= :batch"
+            ),
             {"batch": batch.batch_id, "ids": confirmed},
         )
     return stored

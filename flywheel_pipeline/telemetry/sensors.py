@@ -12,11 +12,16 @@ import psycopg
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.refresh import pending_cells
+from flywheel_pipeline.database.life import gives_sign
 from flywheel_pipeline.database.resource import FlywheelDatabase
 
 WAIT_SECONDS = 20.0
 LOOK_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 30.0
+# A run that has begun gives its sign of life within a second, and one that was launched begins within six. What is
+# older than this and gives none was killed with the process that would have reported it.
+SIGN_SECONDS = 10.0
+START_SECONDS = 30.0
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -24,6 +29,31 @@ UNFINISHED = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+
+
+def runs_at_work(instance: dg.DagsterInstance, engine: sa.Engine, job_names: tuple[str, ...]) -> int:
+    """Count the unfinished runs of these jobs; report those as failed whose process is gone.
+
+    Dagster's run retries take a run from there. One that never began is left to Dagster's own monitoring, and is no
+    longer waited for: should it begin after all, two runs at once do no harm.
+    """
+    at_work = 0
+    for name in job_names:
+        for record in instance.get_run_records(dg.RunsFilter(job_name=name, statuses=UNFINISHED), limit=10):
+            run, now = record.dagster_run, time.time()
+            if record.start_time is None:
+                at_work += now - record.create_timestamp.timestamp() < START_SECONDS
+            elif now - record.start_time < SIGN_SECONDS or gives_sign(engine, run.run_id):
+                at_work += 1
+            else:
+                found = instance.get_run_by_id(run.run_id)
+                if found is not None and not found.is_finished:
+                    instance.report_run_failed(
+                        found,
+                        "The process of this run is gone: it no longer holds its lock in the database. What it had "
+                        "not committed is undone; nothing is lost, the next run does it.",
+                    )
+    return at_work
 
 
 def waiting_acts(connection: sa.Connection) -> int:
@@ -72,10 +102,7 @@ def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg
     )
     def new_telemetry(context: dg.SensorEvaluationContext, database: FlywheelDatabase) -> dg.RunRequest | dg.SkipReason:
         def busy() -> int:
-            return sum(
-                len(context.instance.get_runs(dg.RunsFilter(job_name=name, statuses=UNFINISHED), limit=10))
-                for name in (job_name, *others)
-            )
+            return runs_at_work(context.instance, database.engine, (job_name, *others))
 
         # A run at work is waited for inside the tick too: the next tick may be five seconds away.
         deadline = time.monotonic() + WAIT_SECONDS

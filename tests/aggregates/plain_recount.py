@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -182,17 +182,21 @@ KEYS = {
 }
 
 
-def expected(connection: sa.Connection) -> dict[str, Table]:
-    """Compute every table of the refresh from the raw rows, the aliases and the class rules."""
+def expected(connection: sa.Connection, *, sites: Sequence[str] | None = None) -> dict[str, Table]:
+    """Compute every table of the refresh from the raw rows, the aliases and the class rules.
 
-    def rows(query: str) -> list[Row]:
-        return list(connection.execute(sa.text(query)).mappings())
+    `sites` reads the rows of these sites only (none of them an alias): then only tables of sites are of use.
+    """
+
+    def rows(query: str, **values: Any) -> list[Row]:
+        return list(connection.execute(sa.text(query), values).mappings())
 
     bounds = "CASE WHEN isfinite(valid_from) THEN valid_from END AS valid_from, CASE WHEN isfinite(valid_to) THEN valid_to END AS valid_to"
     rule_aliases = rows(f"SELECT alias, rule_id, {bounds} FROM rule_aliases")
     site_aliases = rows(f"SELECT alias, site_id, {bounds} FROM site_aliases")
     class_rules = rows("SELECT * FROM outcome_class_rules")
-    raw = rows("SELECT * FROM execution_telemetry")
+    some = "" if sites is None else " WHERE site_id = ANY (:sites)"
+    raw = rows(f"SELECT * FROM execution_telemetry{some}", **({} if sites is None else {"sites": list(sites)}))
     read = [_read(row, rule_aliases, site_aliases, class_rules) for row in raw]
     executions = [e for e in read if e["problem"] != "skewed_clock"]
     episodes = _episodes(executions)
