@@ -1,4 +1,4 @@
-"""Landing rows in `execution_telemetry`: COPY into a staging table, one INSERT, corrections by version.
+"""Landing rows in `execution_telemetry`: new executions by COPY, versions of known ones through a staging table.
 
 Belongs here: the SQL that makes intake idempotent and independent of the order of arrival. Does not belong
 here: what a valid row is (`contract`), where rows come from (`intake`), what becomes of others (`rejects`).
@@ -7,19 +7,25 @@ Versions. Rows of one execution_id are versions of one execution, ordered by `re
 ties, by the MD5 of the content. The last version stands; one without `reported_at` comes before all that have
 one. Each step from a version to the next is one UPDATE, so that the trigger on the table writes the history.
 `created_at` is the earliest arrival of any version. Identity (site, host, start) never changes.
+
+Which executions are known is asked first. If somebody else commits one of the others before our COPY does, the unique
+key refuses the COPY, and the rows are landed again through staging alone, which takes such a row as a version. All
+inserts come first and in the order of the key, so that two importers of the same rows wait for each other instead of
+deadlocking.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Final
 
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
+from psycopg.adapt import Dumper
 from psycopg.copy import LibpqWriter
-from psycopg.types.json import set_json_dumps
 
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.telemetry.contract import COLUMNS, ParsedRow, Reject
@@ -73,52 +79,103 @@ def land(connection: psycopg.Connection[Any], rows: Sequence[ParsedRow]) -> Land
     A row that PostgreSQL itself refuses is found by halving and named in `refused`; the others land.
     Raises psycopg.OperationalError when the database goes away.
     """
-    connection.execute(_STAGING)
     return _land(connection, list(enumerate(rows)))
 
 
-def _land(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+def _land(
+    connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], *, staged_only: bool = False
+) -> Landed:
     if not rows:
         return Landed()
     try:
         with connection.transaction():
-            return _merge(connection, rows)
+            return _merge(connection, rows, staged_only)
     except _REFUSALS as error:
+        if isinstance(error, psycopg.errors.UniqueViolation) and not staged_only:
+            return _land(connection, rows, staged_only=True)
         if len(rows) == 1:
             reason = error.diag.message_primary or str(error)
             return Landed(refused={rows[0][0]: Reject("refused_by_database", reason)})
     middle = len(rows) // 2
-    landed = _land(connection, rows[:middle])
-    landed.add(_land(connection, rows[middle:]))
+    landed = _land(connection, rows[:middle], staged_only=staged_only)
+    landed.add(_land(connection, rows[middle:], staged_only=staged_only))
     return landed
 
 
-def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]]) -> Landed:
+def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], staged_only: bool) -> Landed:
     landed = Landed()
     rounds, twins = _versions(rows)
     landed.repeated = sum(map(len, twins.values()))
     with connection.cursor() as cursor:
-        cursor.execute(_EMPTY)
-        set_json_dumps(str, cursor)  # the JSON columns hold JSON text already
-        with cursor.copy(_COPY, writer=LibpqWriter(cursor, flush_threshold=_FLUSH_BYTES)) as copy:
-            copy.set_types(_STAGED_TYPES)
-            for version, staged in enumerate(rounds):
-                for position, row in staged:
-                    copy.write_row((position, version, *row.values))
-        if len(rows) >= _ANALYZE_FROM_ROWS:
-            cursor.execute(_ANALYZE)
-        for version, staged in enumerate(rounds):
-            if version == 0:
-                landed.inserted = cursor.execute(_INSERT).rowcount
-                if landed.inserted == len(staged):
-                    continue
-                landed.repeated -= landed.inserted  # they equal themselves in the comparison below
-            landed.repeated += len(staged)
-            _apply(cursor, version, landed)
+        cursor.adapters.register_dumper(None, _JsonText)
+        if not staged_only:
+            known = _known(cursor, rounds[0])
+            new = [row for _, row in rounds[0] if row.execution_id not in known]
+            if new:
+                rounds[0] = [item for item in rounds[0] if item[1].execution_id in known]
+                new.sort(key=attrgetter("execution_id"))
+                _copy(cursor, _COPY_NEW, _TYPES, (row.values for row in new))
+                landed.inserted = cursor.rowcount
+                landed.repeated += len(new) - landed.inserted  # somebody's own trigger left out the others
+        staged = sum(map(len, rounds))
+        if staged:
+            _merge_staged(cursor, rounds, staged, landed)
     for position in landed.refused.keys() & twins.keys():
         landed.repeated -= len(twins[position])
         landed.refused.update(dict.fromkeys(twins[position], landed.refused[position]))
     return landed
+
+
+def _merge_staged(
+    cursor: psycopg.Cursor[Any], rounds: list[list[tuple[int, ParsedRow]]], rows: int, landed: Landed
+) -> None:
+    cursor.execute(_STAGING)
+    cursor.execute(_EMPTY)
+    _copy(
+        cursor,
+        _COPY_STAGED,
+        _STAGED_TYPES,
+        ((position, version, *row.values) for version, staged in enumerate(rounds) for position, row in staged),
+    )
+    if rows >= _ANALYZE_FROM_ROWS:
+        cursor.execute(_ANALYZE)
+    for version, staged in enumerate(rounds):
+        if not staged:
+            continue
+        if version == 0:
+            inserted = cursor.execute(_INSERT).rowcount
+            landed.inserted += inserted
+            if inserted == len(staged):
+                continue
+            landed.repeated -= inserted  # they equal themselves in the comparison below
+        landed.repeated += len(staged)
+        _apply(cursor, version, landed)
+
+
+def _known(cursor: psycopg.Cursor[Any], rows: list[tuple[int, ParsedRow]]) -> set[str]:
+    """Those of the rows' execution ids that stand in the log."""
+    ids = [row.execution_id for _, row in rows]
+    return {id_ for (id_,) in cursor.execute(_KNOWN, (ids,), binary=True).fetchall()}
+
+
+def _copy(
+    cursor: psycopg.Cursor[Any], statement: sql.Composed, types: Sequence[str], rows: Iterable[tuple[Any, ...]]
+) -> None:
+    with cursor.copy(statement, writer=LibpqWriter(cursor, flush_threshold=_FLUSH_BYTES)) as copy:
+        copy.set_types(types)
+        write_row = copy.write_row
+        for row in rows:
+            write_row(row)
+
+
+class _JsonText(Dumper):
+    """JSON text, as the contract gives it, in the binary form of jsonb: a version byte and the text."""
+
+    format = psycopg.pq.Format.BINARY
+    oid = psycopg.postgres.types["jsonb"].oid
+
+    def dump(self, obj: str) -> bytes:
+        return b"\x01" + obj.encode()
 
 
 def _versions(
@@ -128,6 +185,9 @@ def _versions(
 
     Equal rows stand there once; the second result maps the position of that one to those of its twins.
     """
+    rows = list(rows)
+    if len({row.execution_id for _, row in rows}) == len(rows):
+        return [rows], {}
     versions: dict[str, list[tuple[int, ParsedRow]]] = {}
     twins: dict[int, list[int]] = {}
     repeated: set[str] = set()
@@ -194,7 +254,14 @@ def _copy_type(column: str) -> str:
     return next(name for kind, name in _COPY_TYPES if isinstance(declared, kind))
 
 
-_STAGED_TYPES: Final = ["int8", "int8", *map(_copy_type, COLUMNS)]
+_TYPES: Final = [*map(_copy_type, COLUMNS)]
+_STAGED_TYPES: Final = ["int8", "int8", *_TYPES]
+
+_KNOWN: Final = sql.SQL("SELECT execution_id FROM execution_telemetry WHERE execution_id = ANY (%s::text[])")
+
+_COPY_NEW: Final = sql.SQL("COPY execution_telemetry ({columns}) FROM STDIN (FORMAT binary)").format(
+    columns=_names(COLUMNS)
+)
 
 _STAGING: Final = sql.SQL(
     "CREATE TEMPORARY TABLE IF NOT EXISTS staged_executions ON COMMIT DELETE ROWS AS "
@@ -203,19 +270,19 @@ _STAGING: Final = sql.SQL(
 
 _EMPTY: Final = sql.SQL("DELETE FROM staged_executions")
 
-_COPY: Final = sql.SQL("COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)").format(
+_COPY_STAGED: Final = sql.SQL("COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)").format(
     columns=_names(COLUMNS)
 )
 
 _ANALYZE: Final = sql.SQL("ANALYZE staged_executions (execution_id, version)")
 
-# In the order of the key, so that two importers of the same rows wait for each other instead of deadlocking.
+# In the order in which Python sorts the rows of _COPY_NEW.
 _INSERT: Final = sql.SQL(
     """
     INSERT INTO execution_telemetry ({columns})
     SELECT {columns} FROM staged_executions s
     WHERE version = 0 AND NOT EXISTS (SELECT FROM execution_telemetry t WHERE t.execution_id = s.execution_id)
-    ORDER BY execution_id
+    ORDER BY execution_id COLLATE "C"
     ON CONFLICT (execution_id) DO NOTHING
     """
 ).format(columns=_names(COLUMNS))
@@ -261,7 +328,7 @@ _COMPARE: Final = sql.SQL(
     WHERE s.version = %(version)s
       AND (NOT {same} OR {s_at} > {t_at} OR s.created_at < t.created_at
            OR s.hostname <> t.hostname OR s.site_id <> t.site_id)
-    ORDER BY t.execution_id
+    ORDER BY t.execution_id COLLATE "C"
     FOR UPDATE OF t
     """.replace("%s", "%%s")
 ).format(
