@@ -270,9 +270,9 @@ _STAGING: Final = sql.SQL(
 
 _EMPTY: Final = sql.SQL("DELETE FROM staged_executions")
 
-_COPY_STAGED: Final = sql.SQL("COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)").format(
-    columns=_names(COLUMNS)
-)
+_COPY_STAGED: Final = sql.SQL(
+    "COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)"
+).format(columns=_names(COLUMNS))
 
 _ANALYZE: Final = sql.SQL("ANALYZE staged_executions (execution_id, version)")
 
