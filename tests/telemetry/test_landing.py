@@ -60,7 +60,7 @@ def test_new_rows_known_rows_and_versions_in_one_batch_are_each_counted_once(eng
         "new-a": False,
         "new-b": True,
     }
-    assert scalar(engine, "SELECT count(*) FROM execution_corrections") == 2
+    assert scalar(engine, "SELECT count(*) FROM execution_corrections") == 3  # the superseded version is kept too
 
 
 def test_a_batch_of_new_rows_needs_no_staging_table(engine: sa.Engine):
@@ -82,6 +82,7 @@ def test_a_row_that_another_writer_commits_after_our_look_is_a_version_of_it(eng
     with engine.connect() as connection:
         raw = connection.connection.driver_connection
         assert isinstance(raw, psycopg.Connection)
+        raw.execute("SELECT 1")  # a transaction is open, so that landing does not commit by itself
         land(raw, parsed(post("exec-1")))
         thread.start()
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'transactionid' AND query LIKE 'COPY execution%'"
