@@ -21,8 +21,10 @@ from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
+from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
 from flywheel_pipeline.health.assets import rule_quarantines
 from flywheel_pipeline.health.checks import health_checks
+from flywheel_pipeline.health.sensors import build_alert_sensor
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
 from flywheel_pipeline.promotion.backtest_asset import policy_backtest
 from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
@@ -52,6 +54,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         registry_checks,
         delivery_checks,
         health_checks,
+        alert_checks,
     ]
     # Checks are named on their own: a check that nobody selected is silently left out of a job.
     everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
@@ -95,6 +98,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=[
             *external_tables,
+            alerts_table,
             build_refresh_asset(graph),
             backfill,
             patterns,
@@ -107,7 +111,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         asset_checks=checks,
         jobs=[pipeline, nightly_job, backfill_job, housekeeping, *human_jobs()],
         schedules=[nightly, retention],
-        sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,))],
+        sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,)), build_alert_sensor()],
         resources=dict(resources or {"database": FlywheelDatabase()}),
         executor=dg.in_process_executor,
     )

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, backup, database, doctor, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import acts, adopt, alerts, backup, database, doctor, pipeline, promotion, telemetry
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -48,6 +48,7 @@ acts.register(app)
 adopt.register(app)
 doctor.register(app)
 backup.register(app)
+app.add_typer(alerts.app, name="alerts")
 app.add_typer(database.app, name="db")
 
 

@@ -568,6 +568,96 @@ appliance_tokens = sa.Table(
 )
 
 # --------------------------------------------------------------------------------------------------
+# Health room: alerts and their outbox
+# --------------------------------------------------------------------------------------------------
+
+alerts = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column(
+        "alert_key",
+        sa.String(1100),
+        primary_key=True,
+        comment="check:… | run:… | quarantine:… | candidate:… | daemon:…",
+    ),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("severity", sa.String(10), nullable=False),
+    sa.Column("state", sa.String(10), nullable=False, comment="ok: never raised; open; recovered"),
+    sa.Column("observed", sa.String(10), nullable=False, comment="pass | fail | error (could not be evaluated)"),
+    sa.Column(
+        "observed_at", Stamp, nullable=False, comment="of the newest observation folded in; older ones are ignored"
+    ),
+    sa.Column("title", Text, nullable=False),
+    sa.Column("sentence", Text, nullable=False),
+    sa.Column("details", pg.JSONB, nullable=False, comment="statement, offenders, command, run_id, asset …"),
+    sa.Column("first_at", Stamp, comment="when this opening began"),
+    sa.Column("last_at", Stamp, comment="last change of state"),
+    sa.Column("times_raised", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("acknowledged_by", sa.String(255)),
+    sa.Column("acknowledged_at", Stamp),
+    sa.Column("acknowledged_reason", Text),
+    sa.Column("escalated_at", Stamp),
+    sa.CheckConstraint("kind IN ('check', 'run', 'quarantine', 'candidate', 'daemon')", name="kind"),
+    sa.CheckConstraint("severity IN ('info', 'warning', 'critical')", name="severity"),
+    sa.CheckConstraint("state IN ('ok', 'open', 'recovered')", name="state"),
+    sa.CheckConstraint("observed IN ('pass', 'fail', 'error')", name="observed"),
+    sa.CheckConstraint("(state = 'open') = (observed <> 'pass')", name="open"),
+    comment="One row per thing that can alert, as last observed.",
+)
+
+alert_events = sa.Table(
+    "alert_events",
+    metadata,
+    sa.Column("event_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("alert_key", sa.String(1100), nullable=False),
+    sa.Column("transition", sa.String(20), nullable=False),
+    sa.Column("observed", sa.String(10), nullable=False),
+    sa.Column("severity", sa.String(10), nullable=False),
+    sa.Column("title", Text, nullable=False),
+    sa.Column("sentence", Text, nullable=False),
+    sa.Column("details", pg.JSONB, nullable=False),
+    sa.Column("actor", sa.String(255)),
+    sa.Column("reason", Text),
+    sa.Column("occurred_at", Stamp, nullable=False),
+    sa.Column("recorded_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.ForeignKeyConstraint(["alert_key"], ["alerts.alert_key"]),
+    sa.UniqueConstraint("alert_key", "transition", "occurred_at"),
+    sa.CheckConstraint(
+        "transition IN ('raised', 'changed', 'recovered', 'escalated', 'acknowledged')", name="transition"
+    ),
+    sa.CheckConstraint("transition <> 'acknowledged' OR (btrim(actor) <> '' AND btrim(reason) <> '')", name="signed"),
+    comment="Changes of state of alerts, append-only.",
+)
+
+notifications = sa.Table(
+    "notifications",
+    metadata,
+    sa.Column("notification_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("event_id", sa.BigInteger, nullable=False),
+    sa.Column("channel", sa.String(100), nullable=False, comment="alias; the URL is in the environment alone"),
+    sa.Column("not_before", Stamp, nullable=False, comment="the end of quiet hours"),
+    sa.Column("next_attempt_at", Stamp, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("claim", sa.Uuid, comment="the attempt at work; left behind by a sender that was killed"),
+    sa.Column("claimed_until", Stamp),
+    sa.Column(
+        "in_doubt",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="a killed sender may have delivered it",
+    ),
+    sa.Column("sent_at", Stamp),
+    sa.Column("error", Text, comment="of the last attempt, redacted"),
+    sa.Column("created_at", Stamp, nullable=False),
+    sa.ForeignKeyConstraint(["event_id"], ["alert_events.event_id"]),
+    sa.UniqueConstraint("event_id", "channel"),
+    sa.CheckConstraint("(claim IS NULL) = (claimed_until IS NULL)", name="claim"),
+    sa.Index("notifications_unsent_idx", "channel", "notification_id", postgresql_where=sa.text("sent_at IS NULL")),
+    comment="The outbox: one row per event and channel, written with the event, delivered at least once.",
+)
+
+# --------------------------------------------------------------------------------------------------
 # Bookkeeping of the house itself
 # --------------------------------------------------------------------------------------------------
 
