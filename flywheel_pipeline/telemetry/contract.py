@@ -199,9 +199,34 @@ JSON_COLUMNS: Final = frozenset({"state_before", "state_after", "state_diff", "e
 
 _execution_values = itemgetter(*Execution.model_fields)
 
-# `model_validate_json` without the function around it.
-_read_post: Final[Callable[[bytes], ExecutionPost]] = ExecutionPost.__pydantic_validator__.validate_json
-_read_flat: Final[Callable[[bytes], FlatRow]] = FlatRow.__pydantic_validator__.validate_json
+
+def _validated_json(model: type[BaseModel]) -> Callable[[bytes], dict[str, Any]]:
+    """`model_validate_json`, giving the fields as dicts: without objects around them it takes two thirds of the time."""
+    read: Callable[[bytes], dict[str, Any]] = pydantic_core.SchemaValidator(
+        _as_typed_dicts(model.__pydantic_core_schema__)
+    ).validate_json
+    return read
+
+
+def _as_typed_dicts(schema: Any) -> Any:
+    """The same schema with a typed dict, of the same strictness, in place of each model."""
+    if isinstance(schema, list):
+        return [_as_typed_dicts(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") != "model":
+        return {key: _as_typed_dicts(value) for key, value in schema.items()}
+    fields = {
+        name: pydantic_core.core_schema.typed_dict_field(
+            _as_typed_dicts(field["schema"]), required=field["schema"]["type"] != "default"
+        )
+        for name, field in schema["schema"]["fields"].items()
+    }
+    return pydantic_core.core_schema.typed_dict_schema(fields, config=schema["config"])
+
+
+_read_post: Final = _validated_json(ExecutionPost)
+_read_flat: Final = _validated_json(FlatRow)
 
 
 class ParsedRow(NamedTuple):
@@ -266,26 +291,26 @@ def too_long(length_bytes: int) -> Reject:
 
 
 def _row_of_post(
-    post: ExecutionPost, raw: bytes, line_number: int | None, received_at: datetime, live: bool
+    post: dict[str, Any], raw: bytes, line_number: int | None, received_at: datetime, live: bool
 ) -> ParsedRow | Reject:
-    execution = post.execution
-    site_id, reported_at = post.site_id, post.reported_at
-    if execution.site_id is not None and execution.site_id != site_id:
+    execution = post["execution"]
+    site_id, reported_at = post["site_id"], post["reported_at"]
+    if execution["site_id"] is not None and execution["site_id"] != site_id:
         return Reject(
             "conflicting_identity",
-            f"site_id is {_shown(site_id)} and execution.site_id is {_shown(execution.site_id)}",
+            f"site_id is {_shown(site_id)} and execution.site_id is {_shown(execution['site_id'])}",
         )
     created_at = received_at if live or received_at < reported_at else reported_at
-    return _checked(execution.__dict__, raw, line_number, site_id, reported_at, created_at, received_at)
+    return _checked(execution, raw, line_number, site_id, reported_at, created_at, received_at)
 
 
 def _row_of_flat(
-    row: FlatRow, raw: bytes, line_number: int | None, received_at: datetime, live: bool
+    row: dict[str, Any], raw: bytes, line_number: int | None, received_at: datetime, live: bool
 ) -> ParsedRow | Reject:
     arrivals = [received_at]
     if not live:
-        arrivals += [at for at in (row.reported_at, row.created_at) if at is not None]
-    return _checked(row.__dict__, raw, line_number, row.site_id, row.reported_at, min(arrivals), received_at)
+        arrivals += [at for at in (row["reported_at"], row["created_at"]) if at is not None]
+    return _checked(row, raw, line_number, row["site_id"], row["reported_at"], min(arrivals), received_at)
 
 
 def _checked(
@@ -428,7 +453,7 @@ _WORDS: Final[Mapping[str, str]] = {
     "bool_type": "must be true or false",
     "string_too_short": "is blank",
     "string_too_long": "is too long",
-    "model_type": "must be an object",
+    "dict_type": "must be an object",
 }
 
 
@@ -439,7 +464,7 @@ def _refusal(raw: bytes, error: ValidationError, complete: bool) -> Reject:
     first = problems[0]
     if first["type"] == "json_invalid":
         return _unreadable(raw, str(first["ctx"]["error"]), complete)
-    if first["type"] == "model_type" and not first["loc"]:
+    if first["type"] == "dict_type" and not first["loc"]:
         return Reject("not_an_object", f"an execution is a JSON object, not {_shown(first['input'])}")
     told = [(_code(problem), _told(problem)) for problem in problems]
     code = "missing_execution_id" if any(c == "missing_execution_id" for c, _ in told) else told[0][0]

@@ -85,7 +85,9 @@ def test_a_row_that_another_writer_commits_after_our_look_is_a_version_of_it(eng
         raw.execute("SELECT 1")  # a transaction is open, so that landing does not commit by itself
         land(raw, parsed(post("exec-1")))
         thread.start()
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'transactionid' AND query LIKE 'COPY execution%'"
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'transactionid' AND query LIKE 'COPY execution%'"
+        )
         deadline = time.monotonic() + 20
         while scalar(engine, waiting) == 0:
             assert time.monotonic() < deadline, "the second writer never came to wait for the first"
