@@ -168,6 +168,7 @@ l1_rules = sa.Table(
     sa.Column("state_actor", sa.String(255)),
     sa.Column("state_at", Stamp),
     sa.Column("last_event_id", sa.BigInteger, nullable=False),
+    sa.Column("rollout_step", sa.Integer, comment="step within canary or ring, 1 or 2; fold of rule_events"),
 )
 
 appliance_commands = sa.Table(
@@ -473,10 +474,15 @@ human_acts = sa.Table(
     sa.Column("actor", sa.String(255), nullable=False),
     sa.Column("reason", Text, nullable=False),
     sa.Column("acted_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
-    sa.CheckConstraint("act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')", name="act"),
+    sa.CheckConstraint(
+        "act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw', 'lift', 'pause', 'resume', "
+        "'abort')",
+        name="act",
+    ),
     sa.CheckConstraint("btrim(actor) <> '' AND btrim(reason) <> ''", name="signed"),
     sa.CheckConstraint("(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name="subject"),
-    comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen.",
+    comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen, the last of "
+    "pause and resume whether a rule's rollout is.",
 )
 
 rule_transitions = sa.Table(
@@ -508,10 +514,74 @@ rule_events = sa.Table(
     sa.Column("run_id", sa.String(255)),
     sa.Column("certificate", pg.JSONB),
     sa.Column("occurred_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.Column(
+        "rollout_step",
+        sa.Integer,
+        comment="step within canary or ring, 1 or 2; null: no step, or before there were any",
+    ),
     sa.ForeignKeyConstraint(["decision_id"], ["promotion_decisions.decision_id"]),
     sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
     sa.Index("rule_events_rule_id_idx", "rule_id", "event_id"),
     comment="The ledger: append-only, the only thing that changes a rule's state.",
+)
+
+policy_documents = sa.Table(
+    "policy_documents",
+    metadata,
+    sa.Column("policy_hash", sa.String(64), primary_key=True),
+    sa.Column("policy_name", sa.String(100), nullable=False),
+    sa.Column("document", pg.JSONB, nullable=False, comment="every value of the policy, defaults included"),
+    sa.Column("recorded_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="Append-only: what each policy hash on a batch or a decision stands for.",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Health room
+# --------------------------------------------------------------------------------------------------
+
+scope_quarantines = sa.Table(
+    "scope_quarantines",
+    metadata,
+    sa.Column("event_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("rule_id", sa.String(255), nullable=False),
+    sa.Column("rule_version", sa.Integer, nullable=False),
+    sa.Column("pattern_key", sa.String(1024), comment="of the rule, set by the database: copies of the rule share it"),
+    sa.Column("content_hash", sa.String(64), nullable=False, comment="of the rule, set by the database"),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("scope_kind", sa.String(20), nullable=False),
+    sa.Column("scope_value", sa.String(255), nullable=False, comment="a site id, or an agent version"),
+    sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column("reason", Text, nullable=False),
+    sa.Column("evidence", pg.JSONB, nullable=False, server_default=sa.text("'{}'::jsonb"), comment="W, n, window"),
+    sa.Column("policy_hash", sa.String(64)),
+    sa.Column("decision_id", sa.BigInteger),
+    sa.Column("batch_id", sa.BigInteger),
+    sa.Column("run_id", sa.String(255)),
+    sa.Column("occurred_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.ForeignKeyConstraint(["decision_id"], ["promotion_decisions.decision_id"]),
+    sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
+    sa.CheckConstraint("kind IN ('quarantined', 'lifted')", name="kind"),
+    sa.CheckConstraint("scope_kind IN ('site', 'agent_version') AND btrim(scope_value) <> ''", name="scope"),
+    sa.Index("scope_quarantines_scope_idx", "rule_id", "rule_version", "scope_kind", "scope_value", "event_id"),
+    comment="Append-only: which part of the fleet a rule is kept from. The last event of a scope says whether it is.",
+)
+
+cusum_checkpoints = sa.Table(
+    "cusum_checkpoints",
+    metadata,
+    sa.Column("policy_hash", sa.String(64), primary_key=True),
+    sa.Column("rule_id", sa.String(255), primary_key=True),
+    sa.Column("rule_version", sa.Integer, primary_key=True),
+    sa.Column("scope_kind", sa.String(20), primary_key=True),
+    sa.Column("scope_value", sa.String(255), primary_key=True),
+    sa.Column(
+        "until", Stamp, nullable=False, comment="episodes that began before it are in these figures; one for a rule"
+    ),
+    sa.Column("episodes", sa.BigInteger, nullable=False),
+    sa.Column("failures", sa.BigInteger, nullable=False),
+    sa.Column("w", sa.Double, nullable=False),
+    comment="Where each CUSUM stood some days ago, so that a run need not begin at the version's first episode. "
+    "Derived: deleted wherever an episode before it or a scope changes, and made anew.",
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.checks import Check, check_step, reading
+from flywheel_pipeline.checks import Check, at_batch, check_step, reading
+from flywheel_pipeline.health import quality
 from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW, failing_rules
+from flywheel_pipeline.health.severity import since_when, streaks
 from flywheel_pipeline.quality import Finding
 
 
 def no_failing_rules(connection: sa.Connection) -> Finding:
     """No enabled rule with 20 matches or more heals fewer than half of them; those that do are shown with their errors."""
     found = failing_rules(connection)
-    figures: dict[str, float | int | None] = {"failing_rules": len(found)}
+    since = streaks(connection, [rule.rule_id for rule in found])
+    severe = [streak for streak in since.values() if streak.severe]
+    figures: dict[str, float | int | None] = {
+        "failing_rules": len(found),
+        "severe_rules": len(severe),
+        "longest_failing_days": max((streak.days for streak in since.values()), default=0),
+        "failures_of_failing_rules": sum(streak.failures for streak in since.values()),
+    }
     for rule in found[:10]:
         figures[f"rate {rule.rule_id}"] = rule.rate
     return Finding(
         passed=not found,
-        sentence="No rule in service fails." if not found else found[0].sentence,
+        sentence="No rule in service fails."
+        if not found
+        else f"{found[0].sentence} {since_when(since.get(found[0].rule_id)).capitalize()}.",
         observed=f"{len(found)} rules below {BELOW:.0%}",
         required=f"no enabled rule below {BELOW:.0%} of at least {AT_LEAST} matches",
         offenders=len(found),
+        severe=bool(severe),
         sample=[
             {
                 "rule": rule.rule_id,
                 "matches": rule.matches,
                 "successes": rule.successes,
                 "rate": f"{rule.rate:.0%}",
+                "since when": since_when(since.get(rule.rule_id)),
+                "severity": "error" if any(streak.rule_id == rule.rule_id for streak in severe) else "warning",
                 "rate of what it could fix": "n/a" if rule.rated_rate is None else f"{rule.rated_rate:.0%}",
                 "top errors": "; ".join(f"{count} x {template}" for template, count in rule.top_errors[:3]),
             }
@@ -43,9 +57,23 @@ health_checks = check_step(
         Check(
             "rule_quarantines",
             "no_failing_rules",
-            "No enabled rule heals fewer than half of what it matches; why it fails stands in the table.",
+            "No enabled rule heals fewer than half of what it matches; a week of it, or 1,000 failures, is an error.",
             reading(no_failing_rules),
             warn=True,
-        )
+        ),
+        Check(
+            "rule_scorecard",
+            "rules_in_service_match",
+            "Every rule in service for 14 days matched in the last 14; a built-in one only if its drift occurred.",
+            at_batch(quality.rules_in_service_match),
+            warn=True,
+        ),
+        Check(
+            "rule_scorecard",
+            "successes_are_verified_and_last",
+            "For no enabled rule are over 20 % of the successes unverified, or followed by the same drift in 24 hours.",
+            at_batch(quality.successes_are_verified_and_last),
+            warn=True,
+        ),
     ],
 )
