@@ -30,7 +30,7 @@ from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
 from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
-from flywheel_pipeline.health.assets import build_demotion_asset
+from flywheel_pipeline.health.assets import build_attribution_asset, build_demotion_asset
 from flywheel_pipeline.health.checks import health_checks
 from flywheel_pipeline.health.sensors import build_alert_sensor
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
@@ -116,6 +116,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
             backfill,
             patterns,
             build_demotion_asset(graph),
+            build_attribution_asset(graph),
             promotion_decisions,
             apply,
             policy_backtest,

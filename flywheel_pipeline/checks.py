@@ -49,6 +49,8 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
     }
     if finding.sample:
         metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample, longest_cell=LONGEST_CELL))
+    for name, page in finding.pages.items():
+        metadata[name] = dg.MetadataValue.md(page)
     for name, path in finding.paths.items():
         metadata[name] = dg.MetadataValue.path(path)
     warn = check.warn if finding.severe is None else not finding.severe
@@ -57,8 +59,8 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
         asset_key=check.asset,
         check_name=check.name,
         severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
-        # The page renders this as markdown, which would swallow masks such as <hex>.
-        description=finding.sentence.replace("<", "‹").replace(">", "›"),
+        # The page renders this as markdown, which would swallow masks such as <hex> and make links of `[x](y)`.
+        description=finding.sentence.replace("<", "‹").replace(">", "›").replace("](", "] ("),
         metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},
     )
 

@@ -23,6 +23,7 @@ from flywheel_pipeline.cli import (
     promotion,
     report,
     telemetry,
+    why,
 )
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
@@ -56,6 +57,7 @@ def root(
 pipeline.register(app)
 telemetry.register(app)
 promotion.register(app)
+why.register(app)
 acts.register(app)
 adopt.register(app)
 doctor.register(app)

@@ -117,6 +117,13 @@ def explain(
                 "reason": "because",
             },
         )
+    if found["why"]:
+        from flywheel_pipeline.cli.why import print_causes
+
+        out.print(f"\n[bold]Causes[/]  (as of {found['why']['as_of'][:16]}; `flywheel why` says more)")
+        if found["why"]["sentence"]:
+            out.print(escape(found["why"]["sentence"]), soft_wrap=True)
+        print_causes(found["why"])
     if found["failures"]:
         out.print()
         print_table(

@@ -93,6 +93,23 @@ _QUERIES: Final[tuple[str, ...]] = (
     ) f (name, fact)
     WHERE c.relnamespace = CAST(:schema AS regnamespace) AND NOT t.tgisinternal
     """,
+    # Row-level security: whether it is on, and each policy.
+    """
+    SELECT 'row security of ' || c.relname, c.relname::text, 'state',
+           CASE WHEN c.relrowsecurity THEN 'enabled' ELSE 'disabled' END
+           || CASE WHEN c.relforcerowsecurity THEN ', forced' ELSE '' END
+    FROM pg_class c WHERE c.relnamespace = CAST(:schema AS regnamespace) AND c.relkind IN ('r', 'p')
+    """,
+    """
+    SELECT 'policy ' || p.polname || ' on ' || c.relname, c.relname::text, f.name, f.fact
+    FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid
+    CROSS JOIN LATERAL (VALUES
+      ('command', p.polcmd::text || CASE WHEN p.polpermissive THEN ' permissive' ELSE ' restrictive' END),
+      ('condition', coalesce(pg_get_expr(p.polqual, p.polrelid), '')),
+      ('condition of writes', coalesce(pg_get_expr(p.polwithcheck, p.polrelid), ''))
+    ) f (name, fact)
+    WHERE c.relnamespace = CAST(:schema AS regnamespace)
+    """,
     """
     SELECT 'function ' || p.proname || '(' || pg_get_function_identity_arguments(p.oid) || ')', '',
            f.name, f.fact

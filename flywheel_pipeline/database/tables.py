@@ -638,6 +638,25 @@ appliance_tokens = sa.Table(
 )
 
 # --------------------------------------------------------------------------------------------------
+# Health room: why rules fail
+# --------------------------------------------------------------------------------------------------
+
+rule_attributions = sa.Table(
+    "rule_attributions",
+    metadata,
+    sa.Column("rule_id", sa.String(255), primary_key=True),
+    sa.Column("evidence_hash", sa.String(64), nullable=False, comment="of the counts and the method it rests on"),
+    sa.Column("matches", sa.BigInteger, nullable=False, comment="executions it rests on"),
+    sa.Column("sentence", Text, nullable=False, comment="the causes in words; empty: none stands out"),
+    sa.Column("result", pg.JSONB, nullable=False, comment="health.report.as_json, redacted"),
+    sa.Column("page", Text, nullable=False, comment="the same as Markdown"),
+    sa.Column("plots", pg.JSONB, nullable=False, comment="PNG data URIs by name"),
+    sa.Column("batch_id", sa.BigInteger, comment="the batch that computed it; null: outside a run"),
+    sa.Column("computed_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="Why each failing rule fails, the latest answer only; a rule that no longer fails has no row.",
+)
+
+# --------------------------------------------------------------------------------------------------
 # Health room: alerts and their outbox
 # --------------------------------------------------------------------------------------------------
 

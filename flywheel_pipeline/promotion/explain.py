@@ -13,6 +13,7 @@ from flywheel_pipeline.aggregates.batches import Batch, policy_in_force
 from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.health.demotion import load_scopes
 from flywheel_pipeline.health.failing_rules import failures_of
+from flywheel_pipeline.health.stored import kept_attributions
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.decide import load_pattern_evidence, load_rule_evidence
 from flywheel_pipeline.promotion.gates import Decision, decide_pattern, decide_rule, is_high_risk
@@ -66,8 +67,9 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
 
     Returns:
         JSON types: subject_id, subject_kind, policy, state, summary, decision {verdict, reason}, gates in order,
-        ladder, evidence, events of the ledger, decisions on record, failures by error template; of a rule also cusum (W by scope, highest first), quarantined_scopes and rollout
-        {step, since, served_sites, paused_by}.
+        ladder, evidence, events of the ledger, decisions on record, failures by error template; of a rule also why it fails
+        as last attributed (`flywheel why` computes it anew), cusum (W by scope, highest first), quarantined_scopes and
+        rollout {step, since, served_sites, paused_by}.
 
     Raises:
         FlywheelError: there is no such rule or pattern.
@@ -151,6 +153,7 @@ def _document(policy: Policy, kind: str, subject: str, state: str, summary: str,
         "events": [],
         "decisions": [],
         "failures": [],
+        "why": None,
         "cusum": [],
         "quarantined_scopes": [],
         "rollout": None,
@@ -211,6 +214,7 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         events=_events(connection, rule["rule_id"]),
         decisions=_decisions(connection, "rule", rule["rule_id"]),
         failures=[{"template": c.template, "count": c.count, "outcome_class": c.outcome_class} for c in causes[:10]],
+        why=_why(connection, rule["rule_id"]),
         cusum=[
             {"scope": s.kind, "value": s.value, "episodes": s.episodes, "failures": s.failures, "w": s.w}
             for s in (evidence.scopes or load_scopes(connection, policy, [rule["rule_id"]]).get(rule["rule_id"], ()))
@@ -258,6 +262,14 @@ def _rollout(connection: sa.Connection, rule: dict[str, Any]) -> dict[str, Any] 
         "served_sites": served,
         "paused_by": paused.actor if paused is not None and paused.act == "pause" else None,
     }
+
+
+def _why(connection: sa.Connection, rule_id: str) -> dict[str, Any] | None:
+    """The kept attribution of a failing rule; None where it does not fail, or no run has seen it fail yet."""
+    kept = kept_attributions(connection, [rule_id]).get(rule_id)
+    if kept is None:
+        return None
+    return {"as_of": kept.computed_at.isoformat(), "sentence": kept.sentence, **kept.result}
 
 
 def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: dict[str, Any]) -> dict[str, Any]:

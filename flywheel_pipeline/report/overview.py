@@ -5,15 +5,16 @@ Belongs here: the sections of that page and their queries. Does not belong here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW, failing_rules
+from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW, FailingRule, failing_rules
+from flywheel_pipeline.health.stored import Kept, kept_attributions
 from flywheel_pipeline.report import charts
 from flywheel_pipeline.report.bound import band
-from flywheel_pipeline.report.causes import cause_blocks
+from flywheel_pipeline.report.causes import attribution_blocks, cause_blocks
 from flywheel_pipeline.report.page import Block, Column, Heading, Page, Prose, Section, Table, Tile, percent
 from flywheel_pipeline.report.snapshot import Period, within_day, within_time
 from flywheel_pipeline.status import read_status
@@ -104,7 +105,7 @@ def overview(connection: sa.Connection, period: Period, facts: Mapping[str, str]
             _volume(connection, period),
             _funnel(connection, status),
             _top(connection),
-            _failing(failing),
+            _failing(failing, kept_attributions(connection, [r.rule_id for r in failing])),
             _decisions(connection, period),
             _deliveries(connection),
             _unresolved(connection),
@@ -246,7 +247,7 @@ def _top(connection: sa.Connection) -> Section:
     )
 
 
-def _failing(failing: Any) -> Section:
+def _failing(failing: Sequence[FailingRule], kept: Mapping[str, Kept]) -> Section:
     blocks: list[Block] = []
     if not failing:
         blocks.append(Prose("No rule in service fails.", "good"))
@@ -259,6 +260,8 @@ def _failing(failing: Any) -> Section:
         )
         blocks.append(Prose(rule.sentence, "bad"))
         blocks += cause_blocks(rule.rule_id, rule.steps, rule.errors)
+        answer = kept.get(rule.rule_id)
+        blocks += attribution_blocks({"sentence": answer.sentence, **answer.result} if answer else None)
     if len(failing) > CAUSES_SHOWN:
         blocks.append(
             Table(

@@ -214,7 +214,8 @@ BEGIN
   RETURN NEW;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_fold_event() RETURNS trigger LANGUAGE plpgsql
+-- As its owner: whoever may append an event needs no right of his own to write the registry.
+CREATE OR REPLACE FUNCTION flywheel_fold_event() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 BEGIN
   INSERT INTO l1_rules AS r (rule_id, incident_pattern, runbook_id, confidence, promoted_from_l2, enabled, created_at, source,
