@@ -21,8 +21,9 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
 from flywheel_pipeline.health.demotion import drop_changed_checkpoints
-from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute
+from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute, shared_views, view_query
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models, telemetry_columns
+from flywheel_pipeline.sql_models.relations import execute
 from flywheel_pipeline.sql_models.sync import stale_models
 
 CHUNK_CELLS = 20_000
@@ -169,10 +170,14 @@ def refresh(
     _refuse_what_would_corrupt(connection, graph)
     connection.exec_driver_sql(_SETTINGS)
     cells = _take(connection, graph, max_cells)
+    views = _read_shared_views(connection, graph) if cells else {}
     counts: dict[str, CellCounts] = {}
     seconds: dict[str, float] = {}
     models = [model for model in graph if model.materialized == "cell"]
-    followed = {upstream.name for m in models for upstream in _cells_below(graph, m) if m.cell != "day"}
+    # Whose written keys a roll-up will ask for: where whole roll-ups are added up, nobody asks.
+    followed = {
+        upstream.name for m in models for upstream in _cells_below(graph, m) if m.cell != "day" and not whole_rollups
+    }
     followed |= {"episodes"} & {m.name for m in models}  # checkpoints of health follow them
     for model in models:
         if progress is not None:
@@ -187,6 +192,7 @@ def refresh(
                 model,
                 scope=scope,
                 telemetry="pg_temp.scope_telemetry",
+                views=views,
                 changed=f"changed_{model.name}" if model.name in followed else None,
             )
         seconds[model.name] = time.monotonic() - begun
@@ -260,9 +266,20 @@ def _take(connection: sa.Connection, graph: ModelGraph, max_cells: int | None) -
     return cells
 
 
+def _read_shared_views(connection: sa.Connection, graph: ModelGraph) -> dict[str, str]:
+    """Compute what several models read once for all of them; give the temporary tables by the views' names."""
+    tables = {view.name: f"scope_view_{view.name}" for view in shared_views(graph)}
+    for name, table in tables.items():
+        query = view_query(graph, graph.models[name], "pg_temp.scope_telemetry")
+        execute(connection, f"CREATE TEMP TABLE {table} ON COMMIT DROP AS\n{query}")
+        connection.exec_driver_sql(f"ANALYZE {table}")
+    return {name: f"pg_temp.{table}" for name, table in tables.items()}
+
+
 def _drop_scope(connection: sa.Connection, graph: ModelGraph) -> None:
     """Drop the temporary tables of a refresh: the transaction may hold another one."""
     names = ["scope_taken", "scope_days", "scope_input", "scope_months", "scope_sites", "scope_telemetry"]
+    names += [f"scope_view_{view.name}" for view in shared_views(graph)]
     names += [f"{kind}_{model.name}" for model in graph if model.cell for kind in ("changed", "keys")]
     connection.exec_driver_sql("DROP TABLE IF EXISTS " + ", ".join(f"pg_temp.{name}" for name in names))
 

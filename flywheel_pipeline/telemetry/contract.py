@@ -7,7 +7,7 @@ Does not belong here: reading files, writing to the database (`intake`), refused
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -41,6 +41,8 @@ _INT4: Final = 2**31 - 1
 _SHORTEST_TIME: Final = len("2026-02-15T09:00")
 _SHOWN_CHARACTERS: Final = 80
 _SHOWN_PROBLEMS: Final = 3
+_from_iso_format = datetime.fromisoformat
+_to_json = pydantic_core.to_json
 
 
 def _instant(value: Any) -> datetime:
@@ -48,13 +50,14 @@ def _instant(value: Any) -> datetime:
     # object without asking for their offsets (13 us a row in all, against 18).
     if isinstance(value, str) and len(value) >= _SHORTEST_TIME:
         try:
-            at = datetime.fromisoformat(value)
+            at = _from_iso_format(value)
         except ValueError:
             at = None
         if at is not None:
-            if at.tzinfo is UTC:
+            zone = at.tzinfo
+            if zone is UTC:
                 return at
-            if at.tzinfo is None:
+            if zone is None:
                 return at.replace(tzinfo=UTC)  # agents run in UTC, and some releases leave the offset out
             try:
                 return at.astimezone(UTC)
@@ -66,7 +69,7 @@ def _instant(value: Any) -> datetime:
 def _json_text(value: Any) -> str | None:
     if value is None:
         return None
-    text = pydantic_core.to_json(value).decode()
+    text = _to_json(value).decode()
     if ("NaN" in text or "Infinity" in text) and not _finite(value):
         raise ValueError("holds a number that is not finite")
     return text
@@ -197,6 +200,35 @@ JSON_COLUMNS: Final = frozenset({"state_before", "state_after", "state_diff", "e
 _execution_values = itemgetter(*Execution.model_fields)
 
 
+def _validated_json(model: type[BaseModel]) -> Callable[[bytes], dict[str, Any]]:
+    """`model_validate_json`, giving the fields as dicts: without objects around them it takes two thirds of the time."""
+    read: Callable[[bytes], dict[str, Any]] = pydantic_core.SchemaValidator(
+        _as_typed_dicts(model.__pydantic_core_schema__)
+    ).validate_json
+    return read
+
+
+def _as_typed_dicts(schema: Any) -> Any:
+    """The same schema with a typed dict, of the same strictness, in place of each model."""
+    if isinstance(schema, list):
+        return [_as_typed_dicts(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") != "model":
+        return {key: _as_typed_dicts(value) for key, value in schema.items()}
+    fields = {
+        name: pydantic_core.core_schema.typed_dict_field(
+            _as_typed_dicts(field["schema"]), required=field["schema"]["type"] != "default"
+        )
+        for name, field in schema["schema"]["fields"].items()
+    }
+    return pydantic_core.core_schema.typed_dict_schema(fields, config=schema["config"])
+
+
+_read_post: Final = _validated_json(ExecutionPost)
+_read_flat: Final = _validated_json(FlatRow)
+
+
 class ParsedRow(NamedTuple):
     """A row that keeps the contract.
 
@@ -239,18 +271,16 @@ def parse_line(
     """
     if len(raw) > LINE_LIMIT_BYTES:
         return too_long(len(raw))
-    if b"\x00" in raw:
-        return Reject("nul_character", f"byte {raw.index(0) + 1} is a NUL character")
     try:
         if b'"execution"' in raw:
             try:
-                post = ExecutionPost.model_validate_json(raw)
+                post = _read_post(raw)
             except ValidationError as error:
                 if not _is_flat(error):
                     return _refusal(raw, error, complete)
             else:
                 return _row_of_post(post, raw, line_number, received_at, live)
-        return _row_of_flat(FlatRow.model_validate_json(raw), raw, line_number, received_at, live)
+        return _row_of_flat(_read_flat(raw), raw, line_number, received_at, live)
     except ValidationError as error:
         return _refusal(raw, error, complete)
 
@@ -261,30 +291,30 @@ def too_long(length_bytes: int) -> Reject:
 
 
 def _row_of_post(
-    post: ExecutionPost, raw: bytes, line_number: int | None, received_at: datetime, live: bool
+    post: dict[str, Any], raw: bytes, line_number: int | None, received_at: datetime, live: bool
 ) -> ParsedRow | Reject:
-    execution = post.execution
-    if execution.site_id is not None and execution.site_id != post.site_id:
+    execution = post["execution"]
+    site_id, reported_at = post["site_id"], post["reported_at"]
+    if execution["site_id"] is not None and execution["site_id"] != site_id:
         return Reject(
             "conflicting_identity",
-            f"site_id is {_shown(post.site_id)} and execution.site_id is {_shown(execution.site_id)}",
+            f"site_id is {_shown(site_id)} and execution.site_id is {_shown(execution['site_id'])}",
         )
-    reported_at = post.reported_at
-    created_at = received_at if live else min(reported_at, received_at)
-    return _checked(execution, raw, line_number, post.site_id, reported_at, created_at, received_at)
+    created_at = received_at if live or received_at < reported_at else reported_at
+    return _checked(execution, raw, line_number, site_id, reported_at, created_at, received_at)
 
 
 def _row_of_flat(
-    row: FlatRow, raw: bytes, line_number: int | None, received_at: datetime, live: bool
+    row: dict[str, Any], raw: bytes, line_number: int | None, received_at: datetime, live: bool
 ) -> ParsedRow | Reject:
     arrivals = [received_at]
     if not live:
-        arrivals += [at for at in (row.reported_at, row.created_at) if at is not None]
-    return _checked(row, raw, line_number, row.site_id, row.reported_at, min(arrivals), received_at)
+        arrivals += [at for at in (row["reported_at"], row["created_at"]) if at is not None]
+    return _checked(row, raw, line_number, row["site_id"], row["reported_at"], min(arrivals), received_at)
 
 
 def _checked(
-    execution: Execution,
+    execution: dict[str, Any],
     raw: bytes,
     line_number: int | None,
     site_id: str,
@@ -292,7 +322,7 @@ def _checked(
     created_at: datetime,
     received_at: datetime,
 ) -> ParsedRow | Reject:
-    values = (site_id, reported_at, created_at, *_execution_values(execution.__dict__))
+    values = (site_id, reported_at, created_at, *_execution_values(execution))
     reject = (
         _blank(execution, site_id)
         or _skewed(execution, reported_at, created_at, received_at)
@@ -300,33 +330,36 @@ def _checked(
     )
     if reject is not None:
         return reject
-    if b"\\u0000" in raw:
+    if b"\\" in raw and b"\\u0000" in raw:  # one byte is found ten times as fast as six
         for name, value in zip(COLUMNS, values, strict=True):
             if isinstance(value, str) and _holds_nul(name, value):
                 return Reject("nul_character", f"{name} holds a NUL character: {_shown(value)}")
-    return ParsedRow(line_number, execution.execution_id, values)
+    return ParsedRow(line_number, execution["execution_id"], values)
 
 
-def _blank(execution: Execution, site_id: str) -> Reject | None:
-    for name, text in (
-        ("execution_id", execution.execution_id),
-        ("site_id", site_id),
-        ("hostname", execution.hostname),
-        ("runbook_id", execution.runbook_id),
+def _blank(execution: dict[str, Any], site_id: str) -> Reject | None:
+    if not (
+        site_id.isspace()
+        or execution["execution_id"].isspace()
+        or execution["hostname"].isspace()
+        or execution["runbook_id"].isspace()
     ):
-        if text.isspace():
+        return None
+    texts = {name: execution[name] for name in ("execution_id", "hostname", "runbook_id")} | {"site_id": site_id}
+    for name in ("execution_id", "site_id", "hostname", "runbook_id"):
+        if texts[name].isspace():
             code = "missing_execution_id" if name == "execution_id" else "missing_field"
-            return Reject(code, f"{name} is blank: {_shown(text)}")
+            return Reject(code, f"{name} is blank: {_shown(texts[name])}")
     return None
 
 
 def _skewed(
-    execution: Execution, reported_at: datetime | None, created_at: datetime, received_at: datetime
+    execution: dict[str, Any], reported_at: datetime | None, created_at: datetime, received_at: datetime
 ) -> Reject | None:
     """Refuse what lies after its report or arrival (the earlier is `created_at`), or too far back."""
     earliest = received_at - OLDEST
     latest = created_at + CLOCK_TOLERANCE
-    started_at, completed_at = execution.started_at, execution.completed_at
+    started_at, completed_at = execution["started_at"], execution["completed_at"]
     if (
         earliest <= created_at
         and (reported_at is None or reported_at <= received_at)
@@ -363,18 +396,16 @@ def _skewed(
     return None
 
 
-def _contradiction(execution: Execution) -> Reject | None:
-    if execution.status == ("failure" if execution.success else "success"):
-        return Reject(
-            "contradiction",
-            f"success is {str(execution.success).lower()} and status is {execution.status!r}",
-        )
-    if execution.resolution_level is None and not (
-        execution.rule_id or execution.runbook_id.startswith(_PREFIXES_WITH_LEVEL)
+def _contradiction(execution: dict[str, Any]) -> Reject | None:
+    success, status = execution["success"], execution["status"]
+    if status == ("failure" if success else "success"):
+        return Reject("contradiction", f"success is {str(success).lower()} and status is {status!r}")
+    if execution["resolution_level"] is None and not (
+        execution["rule_id"] or execution["runbook_id"].startswith(_PREFIXES_WITH_LEVEL)
     ):
         return Reject(
             "missing_field",
-            f"resolution_level is missing, and runbook_id {_shown(execution.runbook_id)} does not tell it",
+            f"resolution_level is missing, and runbook_id {_shown(execution['runbook_id'])} does not tell it",
         )
     return None
 
@@ -422,16 +453,18 @@ _WORDS: Final[Mapping[str, str]] = {
     "bool_type": "must be true or false",
     "string_too_short": "is blank",
     "string_too_long": "is too long",
-    "model_type": "must be an object",
+    "dict_type": "must be an object",
 }
 
 
 def _refusal(raw: bytes, error: ValidationError, complete: bool) -> Reject:
+    if b"\x00" in raw:  # which no JSON text holds
+        return Reject("nul_character", f"byte {raw.index(0) + 1} is a NUL character")
     problems = error.errors(include_url=False)
     first = problems[0]
     if first["type"] == "json_invalid":
         return _unreadable(raw, str(first["ctx"]["error"]), complete)
-    if first["type"] == "model_type" and not first["loc"]:
+    if first["type"] == "dict_type" and not first["loc"]:
         return Reject("not_an_object", f"an execution is a JSON object, not {_shown(first['input'])}")
     told = [(_code(problem), _told(problem)) for problem in problems]
     code = "missing_execution_id" if any(c == "missing_execution_id" for c, _ in told) else told[0][0]

@@ -10,18 +10,20 @@ import csv
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import pydantic_core
 import sqlalchemy as sa
 
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.errors import UsageError
+from flywheel_pipeline.telemetry.blocks import Line, RawBlock, cut, read_lines
 from flywheel_pipeline.telemetry.contract import (
     FLAT_COLUMNS,
     JSON_COLUMNS,
@@ -33,12 +35,16 @@ from flywheel_pipeline.telemetry.contract import (
     parse_line,
     too_long,
 )
+from flywheel_pipeline.telemetry.encoding import Encoder, encoder
+from flywheel_pipeline.telemetry.landing import TYPES
+from flywheel_pipeline.telemetry.parsers import parsers, process_count
 from flywheel_pipeline.telemetry.rejects import RefusedRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BOM: Final = b"\xef\xbb\xbf"
+#: NDJSON files from this size on are parsed by processes: these take 0.6 s of CPU to start, the lines as much.
+PROCESSES_FROM_BYTES: Final = 24 << 20
 _BUFFER_BYTES: Final = 1 << 20
 _PARQUET_ROWS: Final = 4_096
 
@@ -49,10 +55,6 @@ _SHORT_OFFSET: Final = re.compile(r":\d\d(\.\d+)?[+-]\d\d$")
 _TYPES: Final[Mapping[str, sa.types.TypeEngine[Any]]] = {
     name: execution_telemetry.c[name].type for name in FLAT_COLUMNS
 }
-
-
-#: Line number, bytes, and for a line over the limit (then the bytes are its start) its length and SHA-256.
-_Line: TypeAlias = tuple[int, bytes, tuple[int, str] | None]
 
 
 @dataclass(slots=True)
@@ -77,12 +79,37 @@ class Record:
         return RefusedRow(self.line_number, reject, self.payload, self.payload_bytes, self.payload_hash)
 
 
-def read_records(path: Path, received_at: datetime) -> Iterator[Record]:
+@dataclass(slots=True)
+class Block:
+    """Consecutive records of a file: of good ones id, encoded row and line number, and the refused ones.
+
+    `payload(position)` gives the bytes of a good row; `payload_bytes` is their length together; `fraction` is the share
+    of the file read so far, in [0, 1].
+    """
+
+    execution_ids: list[str]
+    rows: list[bytes]
+    line_numbers: list[int]
+    refused: list[RefusedRow]
+    payload: Callable[[int], bytes]
+    payload_bytes: int
+    fraction: float
+
+    @property
+    def records(self) -> int:
+        """The number of records, good and refused."""
+        return len(self.rows) + len(self.refused)
+
+
+def read_blocks(
+    path: Path, received_at: datetime, *, most_records: int, most_bytes: int
+) -> Generator[Block, None, None]:
     """Read a telemetry file by its suffix: .ndjson and .jsonl, .csv, .parquet.
 
-    Blank lines are no records. `received_at` (aware) is the clock of the contract.
+    Blank lines are no records. `received_at` (aware) is the clock of the contract. A block holds at most
+    `most_records`, and payloads of `most_bytes` and one record.
 
-    Raises UsageError, before the first record, for a file that is missing, unreadable, of an unknown kind, or
+    Raises UsageError, before the first block, for a file that is missing, unreadable, of an unknown kind, or
     whose header does not fit.
     """
     reader = _READERS.get(path.suffix.lower())
@@ -90,16 +117,56 @@ def read_records(path: Path, received_at: datetime) -> Iterator[Record]:
         raise UsageError(f"There is no file {path}.")
     if not path.is_file():
         raise UsageError(f"{path} is not a file.")
-    if reader is None:
+    if reader is None and path.suffix.lower() not in _NDJSON:
         raise UsageError(
             f"{path.name} has the unknown suffix {path.suffix!r}.",
             hint="Telemetry comes as .ndjson or .jsonl (one JSON object a line), .csv or .parquet.",
         )
     try:
         with path.open("rb", buffering=_BUFFER_BYTES) as file:
-            yield from reader(file, path, received_at)
+            if reader is None:
+                blocks = _read_ndjson(file, path, received_at, most_records)
+            else:
+                blocks = _grouped(reader(file, path, received_at), most_records, most_bytes)
+            with closing(blocks):
+                yield from blocks
     except PermissionError as error:
         raise UsageError(f"{path} may not be read by this user.") from error
+
+
+def _grouped(records: Iterator[Record], most_records: int, most_bytes: int) -> Generator[Block, None, None]:
+    """Records one by one, parsed in this process, as blocks."""
+    encode = encoder(TYPES)
+    held: list[Record] = []
+    held_bytes = 0
+    for item in records:
+        held.append(item)
+        held_bytes += len(item.payload)
+        if len(held) >= most_records or held_bytes >= most_bytes:
+            yield _block(held, held_bytes, encode)
+            held, held_bytes = [], 0
+    if held:
+        yield _block(held, held_bytes, encode)
+
+
+def _block(records: Iterable[Record], payload_bytes: int, encode: Encoder) -> Block:
+    payloads: list[bytes] = []
+    block = Block([], [], [], [], payloads.__getitem__, payload_bytes, 0.0)
+    for item in records:
+        outcome: bytes | Reject
+        if isinstance(item.outcome, ParsedRow):
+            outcome = encode(item.outcome.values)
+            if isinstance(outcome, bytes):
+                block.execution_ids.append(item.outcome.execution_id)
+                block.rows.append(outcome)
+                block.line_numbers.append(item.line_number)
+                payloads.append(item.payload)
+        else:
+            outcome = item.outcome
+        if isinstance(outcome, Reject):
+            block.refused.append(item.refused(outcome))
+        block.fraction = item.fraction
+    return block
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,35 +174,26 @@ def read_records(path: Path, received_at: datetime) -> Iterator[Record]:
 # --------------------------------------------------------------------------------------------------
 
 
-def _read_ndjson(file: IO[bytes], path: Path, received_at: datetime) -> Iterator[Record]:
+def _read_ndjson(file: IO[bytes], path: Path, received_at: datetime, most_records: int) -> Generator[Block, None, None]:
     size = max(path.stat().st_size, 1)
-    position = 0
-    for number, raw, whole in _lines(file):
-        position += len(raw) if whole is None else whole[0]
-        fraction = min(position / size, 1.0)
-        if whole is not None:
-            yield Record(number, raw, too_long(whole[0]), fraction, *whole)
-        elif raw and not raw.isspace():
-            complete = raw.endswith(b"\n")
-            raw = raw.rstrip(b"\r\n")
-            yield Record(number, raw, parse_line(raw, number, received_at=received_at, complete=complete), fraction)
+    processes = process_count() if size >= PROCESSES_FROM_BYTES else 0
+    with parsers(file, received_at, TYPES, processes) as team:
+        for raw, parsed in team.parse(cut(file, most_records)):
+            refused = [
+                RefusedRow(number, Reject(code, reason), payload, length, digest)
+                for number, code, reason, payload, length, digest in parsed.refused
+            ]
+            fraction = min(raw.end / size, 1.0)
+            payload = partial(_payload, raw, parsed.line_numbers, {})
+            yield Block(
+                parsed.execution_ids, parsed.rows, parsed.line_numbers, refused, payload, len(raw.data), fraction
+            )
 
 
-def _lines(file: IO[bytes]) -> Iterator[_Line]:
-    """The lines of a file with their ends, from 1 on; a byte order mark is no part of the first one."""
-    number = 0
-    while raw := file.readline(LINE_LIMIT_BYTES + 2):
-        number += 1
-        if number == 1:
-            raw = raw.removeprefix(_BOM)
-        if raw.endswith(b"\n") or len(raw) <= LINE_LIMIT_BYTES:
-            yield number, raw, None
-            continue
-        head, length, digest = raw[:LINE_LIMIT_BYTES], len(raw), sha256(raw)
-        while not raw.endswith(b"\n") and (raw := file.readline(_BUFFER_BYTES)):
-            digest.update(raw)
-            length += len(raw)
-        yield number, head, (length, digest.hexdigest())
+def _payload(block: RawBlock, line_numbers: list[int], known: dict[int, bytes], position: int) -> bytes:
+    if not known:
+        known.update(block.payloads())
+    return known[line_numbers[position]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,19 +228,19 @@ class _Lines:
     """The physical lines of a file, with a place for lines that have to be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._lines = _lines(file)
-        self._again: deque[_Line] = deque()
+        self._lines = read_lines(file)
+        self._again: deque[Line] = deque()
 
-    def take(self) -> _Line | None:
+    def take(self) -> Line | None:
         return self._again.popleft() if self._again else next(self._lines, None)
 
-    def put_back(self, lines: list[_Line]) -> None:
+    def put_back(self, lines: list[Line]) -> None:
         self._again.extendleft(reversed(lines))
 
 
-def _continuation(lines: _Lines, raw: bytes) -> list[_Line]:
+def _continuation(lines: _Lines, raw: bytes) -> list[Line]:
     """The further lines of a record with line breaks inside quotes; empty where its quotes do not close."""
-    group: list[_Line] = []
+    group: list[Line] = []
     quotes, length = raw.count(b'"'), len(raw)
     while quotes % 2:
         line = lines.take()
@@ -360,9 +418,8 @@ def _from_arrow(name: str, value: Any) -> Any:
     return value
 
 
+_NDJSON: Final = frozenset({".ndjson", ".jsonl"})
 _READERS: Final[Mapping[str, Callable[[IO[bytes], Path, datetime], Iterator[Record]]]] = {
-    ".ndjson": _read_ndjson,
-    ".jsonl": _read_ndjson,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }

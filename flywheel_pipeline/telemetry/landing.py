@@ -1,28 +1,37 @@
-"""Landing rows in `execution_telemetry`: COPY into a staging table, one INSERT, corrections by version.
+"""Landing rows in `execution_telemetry`: new executions by COPY, versions of known ones through a staging table.
 
 Belongs here: the SQL that makes intake idempotent and independent of the order of arrival. Does not belong
 here: what a valid row is (`contract`), where rows come from (`intake`), what becomes of others (`rejects`).
+
+Rows come encoded for COPY, each once, and are compared as these bytes. Rows that say the same in other bytes (JSON whose
+keys are in another order) PostgreSQL finds to be the same.
 
 Versions. Rows of one execution_id are versions of one execution, ordered by `reported_at` and, where that
 ties, by the MD5 of the content. The last version stands; one without `reported_at` comes before all that have
 one. Each step from a version to the next is one UPDATE, so that the trigger on the table writes the history.
 `created_at` is the earliest arrival of any version. Identity (site, host, start) never changes.
+
+Which executions are known is asked first. If somebody else commits one of the others before our COPY does, the unique
+key refuses the COPY, and the rows are landed again through staging alone, which takes such a row as a version. All
+inserts come first and in the order of the key, so that two importers of the same rows wait for each other instead of
+deadlocking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, Literal
 
 import psycopg
 import sqlalchemy as sa
 from psycopg import sql
 from psycopg.copy import LibpqWriter
-from psycopg.types.json import set_json_dumps
 
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.telemetry.contract import COLUMNS, ParsedRow, Reject
+from flywheel_pipeline.telemetry.encoding import HEADER, TRAILER, bigint_field, encoder, staged
 
 #: How PostgreSQL refuses a row: a bad value, a broken constraint, a RAISE in somebody's trigger.
 _REFUSALS: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.RaiseException)
@@ -32,6 +41,7 @@ _CONTENT: Final = tuple(name for name in COLUMNS if name not in (*_IDENTITY, "re
 _ANALYZE_FROM_ROWS: Final = 1_000
 #: Each flush lets go of the interpreter lock, and gets it back 5 ms later when another thread reads a file.
 _FLUSH_BYTES: Final = 4 << 20
+_ROWS_AT_ONCE: Final = 1_000
 _REPORTED_AT: Final = COLUMNS.index("reported_at")
 _COPY_TYPES: Final[tuple[tuple[type[sa.types.TypeEngine[Any]], str], ...]] = (
     (sa.Boolean, "bool"),
@@ -77,90 +87,184 @@ def land(connection: psycopg.Connection[Any], rows: Sequence[ParsedRow], *, tell
     A row that PostgreSQL itself refuses is found by halving and named in `refused`; the others land.
     Raises psycopg.OperationalError when the database goes away.
     """
-    connection.execute(_STAGING)
-    return _land(connection, list(enumerate(rows)), tell)
-
-
-def _land(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], tell: bool) -> Landed:
-    if not rows:
-        return Landed()
-    try:
-        with connection.transaction():
-            return _merge(connection, rows, tell)
-    except _REFUSALS as error:
-        if len(rows) == 1:
-            reason = error.diag.message_primary or str(error)
-            return Landed(refused={rows[0][0]: Reject("refused_by_database", reason)})
-    middle = len(rows) // 2
-    landed = _land(connection, rows[:middle], tell)
-    landed.add(_land(connection, rows[middle:], tell))
+    encode = encoder(TYPES)
+    encoded = [encode(row.values) for row in rows]
+    batch = _Batch([row.execution_id for row in rows], [row if isinstance(row, bytes) else b"" for row in encoded])
+    refused = {position: row for position, row in enumerate(encoded) if isinstance(row, Reject)}
+    landed = _land(connection, batch, [position for position in range(len(rows)) if position not in refused], tell)
+    landed.refused.update(refused)
     return landed
 
 
-def _merge(connection: psycopg.Connection[Any], rows: list[tuple[int, ParsedRow]], tell: bool) -> Landed:
+def land_encoded(
+    connection: psycopg.Connection[Any], execution_ids: Sequence[str], rows: Sequence[bytes], *, tell: bool = False
+) -> Landed:
+    """The same for rows that are encoded already (`encoding.encoder` of TYPES); the two sequences run in step."""
+    return _land(connection, _Batch(execution_ids, rows), range(len(rows)), tell)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows to land, by position: what is passed around below are positions in these."""
+
+    execution_ids: Sequence[str]
+    rows: Sequence[bytes]
+
+
+def _land(connection: psycopg.Connection[Any], batch: _Batch, positions: Sequence[int], tell: bool) -> Landed:
+    if connection.info.parameter_status("client_encoding") != "UTF8":
+        connection.execute("SET LOCAL client_encoding TO 'UTF8'")  # in which rows are encoded
+    return _land_some(connection, batch, positions, tell)
+
+
+def _land_some(
+    connection: psycopg.Connection[Any],
+    batch: _Batch,
+    positions: Sequence[int],
+    tell: bool,
+    *,
+    staged_only: bool = False,
+) -> Landed:
+    if not positions:
+        return Landed()
+    try:
+        with connection.transaction():
+            return _merge(connection, batch, positions, tell, staged_only)
+    except _REFUSALS as error:
+        if isinstance(error, psycopg.errors.UniqueViolation) and not staged_only:
+            return _land_some(connection, batch, positions, tell, staged_only=True)
+        if len(positions) == 1:
+            reason = error.diag.message_primary or str(error)
+            return Landed(refused={positions[0]: Reject("refused_by_database", reason)})
+    middle = len(positions) // 2
+    landed = _land_some(connection, batch, positions[:middle], tell, staged_only=staged_only)
+    landed.add(_land_some(connection, batch, positions[middle:], tell, staged_only=staged_only))
+    return landed
+
+
+def _merge(
+    connection: psycopg.Connection[Any], batch: _Batch, positions: Sequence[int], tell: bool, staged_only: bool
+) -> Landed:
     landed = Landed()
-    rounds, twins = _versions(rows)
+    ids = batch.execution_ids
+    rounds, twins = _versions(batch, positions)
     landed.repeated = sum(map(len, twins.values()))
     with connection.cursor() as cursor:
-        cursor.execute(_EMPTY)
-        set_json_dumps(str, cursor)  # the JSON columns hold JSON text already
-        with cursor.copy(_COPY, writer=LibpqWriter(cursor, flush_threshold=_FLUSH_BYTES)) as copy:
-            copy.set_types(_STAGED_TYPES)
-            for version, staged in enumerate(rounds):
-                for position, row in staged:
-                    copy.write_row((position, version, *row.values))
-        if len(rows) >= _ANALYZE_FROM_ROWS:
-            cursor.execute(_ANALYZE)
-        for version, staged in enumerate(rounds):
-            if version == 0:
-                landed.inserted = cursor.execute(_INSERT_AND_TELL if tell else _INSERT).rowcount
+        if not staged_only:
+            known = _known(cursor, [ids[position] for position in rounds[0]])
+            new = [position for position in rounds[0] if ids[position] not in known]
+            if new:
+                rounds[0] = [position for position in rounds[0] if ids[position] in known]
+                new.sort(key=ids.__getitem__)
+                _copy(cursor, _COPY_NEW, (batch.rows[position] for position in new))
+                landed.inserted = cursor.rowcount
+                landed.repeated += len(new) - landed.inserted  # somebody's own trigger left out the others
                 if tell:
-                    new = {execution_id for (execution_id,) in cursor.fetchall()}
-                    landed.changed = {position: "inserted" for position, row in staged if row.execution_id in new}
-                if landed.inserted == len(staged):
-                    continue
-                landed.repeated -= landed.inserted  # they equal themselves in the comparison below
-            landed.repeated += len(staged)
-            _apply(cursor, version, landed)
+                    _tell_inserted(cursor, batch, new, landed)
+        staged_rows = sum(map(len, rounds))
+        if staged_rows:
+            _merge_staged(cursor, batch, rounds, staged_rows, landed, tell)
     for position in landed.refused.keys() & twins.keys():
         landed.repeated -= len(twins[position])
         landed.refused.update(dict.fromkeys(twins[position], landed.refused[position]))
     return landed
 
 
-def _versions(
-    rows: Iterable[tuple[int, ParsedRow]],
-) -> tuple[list[list[tuple[int, ParsedRow]]], dict[int, list[int]]]:
+def _tell_inserted(cursor: psycopg.Cursor[Any], batch: _Batch, new: Sequence[int], landed: Landed) -> None:
+    ids = batch.execution_ids
+    if landed.inserted < len(new):
+        inserted = _known(cursor, [ids[position] for position in new])
+        new = [position for position in new if ids[position] in inserted]
+    landed.changed.update(dict.fromkeys(new, "inserted"))
+
+
+def _merge_staged(
+    cursor: psycopg.Cursor[Any], batch: _Batch, rounds: list[list[int]], rows: int, landed: Landed, tell: bool
+) -> None:
+    cursor.execute(_STAGING)
+    cursor.execute(_EMPTY)
+    _copy(
+        cursor,
+        _COPY_STAGED,
+        (
+            staged(batch.rows[position], position, version)
+            for version, positions in enumerate(rounds)
+            for position in positions
+        ),
+    )
+    if rows >= _ANALYZE_FROM_ROWS:
+        cursor.execute(_ANALYZE)
+    for version, positions in enumerate(rounds):
+        if not positions:
+            continue
+        if version == 0:
+            inserted = cursor.execute(_INSERT_AND_TELL if tell else _INSERT).rowcount
+            landed.inserted += inserted
+            if tell and inserted:
+                new = {execution_id for (execution_id,) in cursor.fetchall()}
+                told = [position for position in positions if batch.execution_ids[position] in new]
+                landed.changed.update(dict.fromkeys(told, "inserted"))
+            if inserted == len(positions):
+                continue
+            landed.repeated -= inserted  # they equal themselves in the comparison below
+        landed.repeated += len(positions)
+        _apply(cursor, version, landed)
+
+
+def _known(cursor: psycopg.Cursor[Any], execution_ids: list[str]) -> set[str]:
+    """Those of the execution ids that stand in the log."""
+    return {id_ for (id_,) in cursor.execute(_KNOWN, (execution_ids,), binary=True).fetchall()}
+
+
+def _copy(cursor: psycopg.Cursor[Any], statement: sql.Composed, rows: Iterable[bytes]) -> None:
+    # In the form of a binary COPY, header and trailer included; psycopg sends what is written as it is.
+    with cursor.copy(statement, writer=LibpqWriter(cursor, flush_threshold=_FLUSH_BYTES)) as copy:
+        copy.write(HEADER)
+        for batch in _batched(rows):
+            copy.write(b"".join(batch))
+        copy.write(TRAILER)
+
+
+def _batched(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        yield batch
+
+
+def _versions(batch: _Batch, positions: Sequence[int]) -> tuple[list[list[int]], dict[int, list[int]]]:
     """Split rows into rounds in which no execution occurs twice, oldest versions first.
 
     Equal rows stand there once; the second result maps the position of that one to those of its twins.
     """
-    versions: dict[str, list[tuple[int, ParsedRow]]] = {}
+    ids, rows = batch.execution_ids, batch.rows
+    if len({ids[position] for position in positions}) == len(positions):
+        return [list(positions)], {}
+    versions: dict[str, list[int]] = {}
     twins: dict[int, list[int]] = {}
     repeated: set[str] = set()
-    for item in rows:
-        known = versions.setdefault(item[1].execution_id, [])
+    for position in positions:
+        known = versions.setdefault(ids[position], [])
         if known:
-            twin = next((other[0] for other in known if other[1].values == item[1].values), None)
+            twin = next((other for other in known if rows[other] == rows[position]), None)
             if twin is not None:
-                twins.setdefault(twin, []).append(item[0])
+                twins.setdefault(twin, []).append(position)
                 continue
-            repeated.add(item[1].execution_id)
-        known.append(item)
+            repeated.add(ids[position])
+        known.append(position)
     for execution_id in repeated:
-        versions[execution_id].sort(key=_reported)
-    rounds: list[list[tuple[int, ParsedRow]]] = []
+        versions[execution_id].sort(key=lambda position: _reported(rows[position]))
+    rounds: list[list[int]] = []
     for known in versions.values():
-        for number, item in enumerate(known):
+        for number, position in enumerate(known):
             if number == len(rounds):
                 rounds.append([])
-            rounds[number].append(item)
+            rounds[number].append(position)
     return rounds, twins
 
 
-def _reported(item: tuple[int, ParsedRow]) -> float:
-    reported_at = item[1].values[_REPORTED_AT]
-    return float("-inf") if reported_at is None else reported_at.timestamp()
+def _reported(row: bytes) -> float:
+    reported_at = bigint_field(row, _REPORTED_AT)
+    return float("-inf") if reported_at is None else reported_at
 
 
 def _apply(cursor: psycopg.Cursor[Any], version: int, landed: Landed) -> None:
@@ -202,7 +306,14 @@ def _copy_type(column: str) -> str:
     return next(name for kind, name in _COPY_TYPES if isinstance(declared, kind))
 
 
-_STAGED_TYPES: Final = ["int8", "int8", *map(_copy_type, COLUMNS)]
+#: PostgreSQL's types of COLUMNS, in which rows are encoded.
+TYPES: Final = tuple(map(_copy_type, COLUMNS))
+
+_KNOWN: Final = sql.SQL("SELECT execution_id FROM execution_telemetry WHERE execution_id = ANY (%s::text[])")
+
+_COPY_NEW: Final = sql.SQL("COPY execution_telemetry ({columns}) FROM STDIN (FORMAT binary)").format(
+    columns=_names(COLUMNS)
+)
 
 _STAGING: Final = sql.SQL(
     "CREATE TEMPORARY TABLE IF NOT EXISTS staged_executions ON COMMIT DELETE ROWS AS "
@@ -211,19 +322,19 @@ _STAGING: Final = sql.SQL(
 
 _EMPTY: Final = sql.SQL("DELETE FROM staged_executions")
 
-_COPY: Final = sql.SQL("COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)").format(
-    columns=_names(COLUMNS)
-)
+_COPY_STAGED: Final = sql.SQL(
+    "COPY staged_executions (position, version, {columns}) FROM STDIN (FORMAT binary)"
+).format(columns=_names(COLUMNS))
 
 _ANALYZE: Final = sql.SQL("ANALYZE staged_executions (execution_id, version)")
 
-# In the order of the key, so that two importers of the same rows wait for each other instead of deadlocking.
+# In the order in which Python sorts the rows of _COPY_NEW.
 _INSERT: Final = sql.SQL(
     """
     INSERT INTO execution_telemetry ({columns})
     SELECT {columns} FROM staged_executions s
     WHERE version = 0 AND NOT EXISTS (SELECT FROM execution_telemetry t WHERE t.execution_id = s.execution_id)
-    ORDER BY execution_id
+    ORDER BY execution_id COLLATE "C"
     ON CONFLICT (execution_id) DO NOTHING
     """
 ).format(columns=_names(COLUMNS))
@@ -271,7 +382,7 @@ _COMPARE: Final = sql.SQL(
     WHERE s.version = %(version)s
       AND (NOT {same} OR {s_at} > {t_at} OR s.created_at < t.created_at
            OR s.hostname <> t.hostname OR s.site_id <> t.site_id)
-    ORDER BY t.execution_id
+    ORDER BY t.execution_id COLLATE "C"
     FOR UPDATE OF t
     """.replace("%s", "%%s")
 ).format(

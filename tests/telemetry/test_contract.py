@@ -254,3 +254,10 @@ def test_no_values_make_it_raise(fields: dict[str, Any]):
 
 def test_a_correction_is_a_post_like_any_other():
     assert accepted(failed())["success"] is False
+
+
+def test_a_nul_byte_is_refused_by_name_wherever_it_stands():
+    raw = line(post())
+    for place in range(len(raw) + 1):
+        reject = refused(raw[:place] + b"\x00" + raw[place:])
+        assert (reject.reason_code, reject.reason) == ("nul_character", f"byte {place + 1} is a NUL character")

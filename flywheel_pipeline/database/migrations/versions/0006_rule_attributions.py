@@ -7,11 +7,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0006"
-<<<<<<< HEAD
-down_revision = "0003"
-=======
 down_revision = "0005"
->>>>>>> fleetdel-e2e
 branch_labels = None
 depends_on = None
 
