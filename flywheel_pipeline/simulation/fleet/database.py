@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -26,7 +26,7 @@ from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.promotion.ledger import import_rules
 from flywheel_pipeline.simulation.fleet.scenario import SITE_PREFIX
 from flywheel_pipeline.simulation.fleet.sinks import aliases
-from flywheel_pipeline.simulation.fleet.stream import Delivery, FleetStream
+from flywheel_pipeline.simulation.fleet.stream import Delivery, FleetStream, ServedRule
 from flywheel_pipeline.telemetry.aliases import add_site_alias
 from flywheel_pipeline.telemetry.intake import IntakeReport, import_file
 
@@ -100,7 +100,9 @@ def put_fleet(engine: sa.Engine, stream: FleetStream, *, as_of: dt.datetime) -> 
         for table, values in ((tables.sites, rows["sites"]), (tables.appliances, rows["appliances"])):
             connection.execute(insert(table).on_conflict_do_nothing(), values)
         import_patterns(connection, rows["patterns"])
-        import_rules(connection, rows["rules"], actor=ACTOR, reason=f"scenario {stream.scenario.name}: stood before day 0")
+        import_rules(
+            connection, rows["rules"], actor=ACTOR, reason=f"scenario {stream.scenario.name}: stood before day 0"
+        )
     set_clock(engine, stream, as_of)
 
 
@@ -163,15 +165,15 @@ def deliver(
             landed.add(import_file(engine, path, source=f"{source}-{pieces}", received_at=received_at))
 
 
-def serving(engine: sa.Engine) -> dict[str, dict[tuple[str, str], Any]]:
+def serving(engine: sa.Engine) -> dict[str, dict[tuple[str, str], ServedRule]]:
     """Read what each appliance's manifest holds: (incident type, platform) -> the first rule that matches."""
-    from flywheel_pipeline.simulation.fleet.stream import ServedRule
-
     contents: dict[str, dict[tuple[str, str], ServedRule]] = {}
     served: dict[str, dict[tuple[str, str], ServedRule]] = {}
     with engine.connect() as connection:
         rows = connection.execute(
-            sa.text("SELECT DISTINCT ON (manifest_hash) manifest_hash, rules FROM rule_manifests ORDER BY manifest_hash")
+            sa.text(
+                "SELECT DISTINCT ON (manifest_hash) manifest_hash, rules FROM rule_manifests ORDER BY manifest_hash"
+            )
         ).all()
         for row in rows:
             matched: dict[tuple[str, str], ServedRule] = {}

@@ -16,15 +16,16 @@ Appliances run what their manifest holds after each pass, so a promoted rule hea
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates import quality as aggregates_quality
-from flywheel_pipeline.aggregates.batches import Batch, open_batch
+from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.aggregates.refresh import refresh
 from flywheel_pipeline.candidates.patterns import write_observed
 from flywheel_pipeline.delivery.publish import queue_commands, write_manifests
@@ -35,7 +36,8 @@ from flywheel_pipeline.promotion.decide import decide_patterns, decide_rules
 from flywheel_pipeline.quality import record_verdict, unmet_gates
 from flywheel_pipeline.simulation.fleet import database
 from flywheel_pipeline.simulation.fleet.scenario import Act
-from flywheel_pipeline.simulation.fleet.stream import DAY_MS, Delivery, FleetStream
+from flywheel_pipeline.simulation.fleet.stream import DAY_MS, Delivery, FleetStream, ServedRule
+from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
 from flywheel_pipeline.telemetry import quality as telemetry_quality
 
 #: (day, days in all, what is being done)
@@ -111,10 +113,11 @@ def run_scenario(
         if told is not None:
             told(day, days, "deliver")
         acts = tuple(do(engine, one) for one in scenario.acts if one.day == day)
-        stream.serve(lambda appliance, served=database.serving(engine): served.get(appliance, {}))
+        served = database.serving(engine)
+        stream.serve(functools.partial(_held_by, served))
         until = stream.begin_ms + (day + 1) * DAY_MS
         clock = dt.datetime.fromtimestamp(until / 1000, dt.UTC)
-        coming = stream.rest() if day == days - 1 else stream.advance(until)
+        coming: Iterable[Delivery] = stream.rest() if day == days - 1 else stream.advance(until)
         if also is not None:
             coming = _copied(coming, also)
         landed = database.deliver(
@@ -132,7 +135,19 @@ def run_scenario(
     return history
 
 
-def _copied(coming: Any, also: Callable[[Delivery], None]) -> Any:
+def _held_by(
+    served: Mapping[str, Mapping[tuple[str, str], ServedRule]], appliance_id: str
+) -> Mapping[tuple[str, str], ServedRule]:
+    return served.get(appliance_id, {})
+
+
+@functools.cache
+def _models() -> ModelGraph:
+    """The SQL models, read once: parsing them takes as long as all the rest of a small pass."""
+    return load_models()
+
+
+def _copied(coming: Iterable[Delivery], also: Callable[[Delivery], None]) -> Iterator[Delivery]:
     for delivery in coming:
         also(delivery)
         yield delivery
@@ -142,7 +157,7 @@ def pass_in_process(engine: sa.Engine, run_id: str) -> dict[str, Any]:
     """Run one pass of the pipeline in this process, under the policy and clock in force; return what it did."""
     with engine.begin() as connection:
         batch = open_batch(connection, run_id)
-        refresh(connection, batch_id=batch.batch_id)
+        refresh(connection, _models(), batch_id=batch.batch_id)
         write_observed(connection)
     with engine.connect() as connection:
         findings = {
@@ -164,7 +179,7 @@ def pass_in_process(engine: sa.Engine, run_id: str) -> dict[str, Any]:
         unmet = unmet_gates(connection, batch.batch_id)
         write_manifests(connection, batch.batch_id)
         queue_commands(connection, batch.batch_id)
-    held = {
+    held: dict[str, tuple[str, str]] = {
         item.subject_id: (item.decision.verdict, item.decision.reason)
         for item in decided
         if item.decision.target_state is None
@@ -238,6 +253,3 @@ def _blanket_reenable(engine: sa.Engine) -> dict[str, Any]:
     except sa.exc.DBAPIError as error:
         return {"done": False, "message": str(error.orig).splitlines()[0]}
     return {"done": count > 0, "message": f"{count} rules re-enabled"}
-
-
-__all__ = ["Batch", "Day", "History", "do", "pass_in_process", "run_scenario"]

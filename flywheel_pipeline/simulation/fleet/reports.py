@@ -34,7 +34,10 @@ _ERRORS: Final[Mapping[str, tuple[tuple[str, str | None], ...]]] = {
     "unreachable": (
         ("create shell: http response error: 401 - invalid content type", "auth_failure"),
         ("Execution timed out after 60s", "timeout"),
-        ("get session: TLS pin check for {host}: dial tcp: lookup {host} on 10.0.0.1:53: no such host", "network_error"),
+        (
+            "get session: TLS pin check for {host}: dial tcp: lookup {host} on 10.0.0.1:53: no such host",
+            "network_error",
+        ),
     ),
     "not_applicable": (("This feature is not available on this edition of Windows", None),),
     "escalated": (("Drive not encrypted - manual intervention required", None),),
@@ -45,7 +48,11 @@ _NO_RUNBOOK: Final = "Runbook not found: {runbook}. Available: [RB-WIN-SEC-001 R
 
 # The first patch release 1.0.N with each action form, as observed in production; written down here a second time on
 # purpose: planted truth must not come from the code that is to be judged by it.
-_NEWEST_FORM: Final = {"windows": ("run_windows_runbook", 70), "linux": ("run_linux_runbook", 69), "macos": ("run_runbook", 44)}
+_NEWEST_FORM: Final = {
+    "windows": ("run_windows_runbook", 70),
+    "linux": ("run_linux_runbook", 69),
+    "macos": ("run_runbook", 44),
+}
 _OLDER_FORM: Final = ("run_runbook", 44)
 
 
@@ -85,7 +92,9 @@ class Attempt:
 
 def stamp(ms: int) -> str:
     """Return a time in milliseconds since the epoch as ISO 8601 in UTC."""
-    return (datetime.fromtimestamp(ms // 1000, UTC) + timedelta(milliseconds=ms % 1000)).isoformat(timespec="milliseconds")
+    return (datetime.fromtimestamp(ms // 1000, UTC) + timedelta(milliseconds=ms % 1000)).isoformat(
+        timespec="milliseconds"
+    )
 
 
 def post_of(attempt: Attempt, reported_ms: int) -> dict[str, Any]:
@@ -170,7 +179,10 @@ _MALFORMED: Final[tuple[tuple[str, Callable[[dict[str, Any]], bytes]], ...]] = (
     ("too_old", lambda post: _with(post, started_at="1970-01-01T00:00:07+00:00", completed_at=None)),
     ("ends_before_start", lambda post: _shifted(post, "completed_at", hours=-1)),
     ("nul_character", lambda post: _with(post, error_message="\x00")),
-    ("missing_execution_id", lambda post: _with(post, execution_id="   ", incident_id=post["execution"]["execution_id"])),
+    (
+        "missing_execution_id",
+        lambda post: _with(post, execution_id="   ", incident_id=post["execution"]["execution_id"]),
+    ),
 )
 #: Reason codes that malformed payloads must be refused with, one per kind.
 MALFORMED_CODES: Final = tuple(code for code, _ in _MALFORMED)

@@ -367,7 +367,8 @@ def load_scenario(name_or_file: str) -> Scenario:
     path = Path(name_or_file)
     if not path.is_file():
         raise UsageError(
-            f"There is no scenario {name_or_file}.", hint="`flywheel simulate scenarios` lists them; or name a YAML file."
+            f"There is no scenario {name_or_file}.",
+            hint="`flywheel simulate scenarios` lists them; or name a YAML file.",
         )
     try:
         return parse_scenario(path.read_text("utf-8"), path.name)
@@ -397,7 +398,9 @@ def parse_scenario(text: str, name: str) -> Scenario:
         problems = error.errors(include_url=False, include_input=False)
         shown = "; ".join(_problem(root, problem, name) for problem in problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UsageError(f"{shown}{more}.", hint="`flywheel simulate scenarios --keys` lists what a scenario may say.") from error
+        raise UsageError(
+            f"{shown}{more}.", hint="`flywheel simulate scenarios --keys` lists what a scenario may say."
+        ) from error
 
 
 def _problem(root: yaml.Node | None, problem: Any, name: str) -> str:

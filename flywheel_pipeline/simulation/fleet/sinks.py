@@ -78,7 +78,9 @@ class Files:
         self._stream = stream
         self._line = 0
         if (directory / POSTS).exists():
-            raise UsageError(f"{directory} holds a simulated fleet already.", hint="Name another directory, or remove it.")
+            raise UsageError(
+                f"{directory} holds a simulated fleet already.", hint="Name another directory, or remove it."
+            )
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._posts: IO[bytes] = (directory / POSTS).open("wb")
@@ -110,7 +112,9 @@ class Files:
 
 def write_json(path: Path, document: Any) -> None:
     """Write one JSON document; the same document is the same bytes."""
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8", newline="\n")
+    path.write_text(
+        json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 def fleet_document(stream: FleetStream) -> dict[str, Any]:

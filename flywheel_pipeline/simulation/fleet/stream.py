@@ -131,7 +131,9 @@ class FleetStream:
 
     def appliance_id(self, site: int, number: int) -> str:
         """The id of an appliance (from 0); it keeps it when its site is renamed."""
-        return f"{self._first_name(site)}-02:00:{site >> 16 & 255:02X}:{site >> 8 & 255:02X}:{site & 255:02X}:{number:02X}"
+        return (
+            f"{self._first_name(site)}-02:00:{site >> 16 & 255:02X}:{site >> 8 & 255:02X}:{site & 255:02X}:{number:02X}"
+        )
 
     def agent_version(self, site: int, number: int, at_ms: int) -> str:
         """The release that an appliance runs at a time."""
@@ -155,7 +157,12 @@ class FleetStream:
         fleet, begins = self.scenario.fleet, self.scenario.begins
         at = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC)
         sites = [
-            {"site_id": self.site_id(s, at_ms), "name": f"Simulated clinic {s + 1}", "healing_tier": "standard", "created_at": begins}
+            {
+                "site_id": self.site_id(s, at_ms),
+                "name": f"Simulated clinic {s + 1}",
+                "healing_tier": "standard",
+                "created_at": begins,
+            }
             for s in range(fleet.sites)
         ]
         appliances = [
@@ -225,7 +232,9 @@ class FleetStream:
         """Choose a share of the hosts, exactly so many, by a hash of their names."""
         if share == 0:
             return frozenset()
-        every = [(s, name) for s in range(self.scenario.fleet.sites) for names in self._hosts.values() for name in names]
+        every = [
+            (s, name) for s in range(self.scenario.fleet.sites) for names in self._hosts.values() for name in names
+        ]
         every.sort(key=lambda host: uniforms(f"{self.seed}|{what}|{host[0]}|{host[1]}")[0])
         return frozenset(every[: round(share * self.scenario.fleet.sites * hosts_a_site)])
 
@@ -258,7 +267,11 @@ class FleetStream:
             self.truth.deliveries += 1
             if delivery.kind != "replay":
                 for replayed in self.scenario.transport.replays:
-                    if self.begin_ms + replayed.day * DAY_MS <= delivery.at_ms < self.begin_ms + (replayed.day + 1) * DAY_MS:
+                    if (
+                        self.begin_ms + replayed.day * DAY_MS
+                        <= delivery.at_ms
+                        < self.begin_ms + (replayed.day + 1) * DAY_MS
+                    ):
                         again = delivery.at_ms + (replayed.again - replayed.day) * DAY_MS
                         self._send(replace(delivery, at_ms=again, kind="replay"))
             if delivery.kind == "replay":
@@ -324,7 +337,10 @@ class FleetStream:
             elif outcome == "success" and u[4] < drift.recurrence_rate:
                 following = at_ms + 2 * HOUR_MS + int(18 * HOUR_MS * u[5])
         ahead = 0
-        if self.scenario.fleet.clock_ahead_share and uniforms(f"{self.seed}|clock|{appliance_id}")[0] < self.scenario.fleet.clock_ahead_share:
+        if (
+            self.scenario.fleet.clock_ahead_share
+            and uniforms(f"{self.seed}|clock|{appliance_id}")[0] < self.scenario.fleet.clock_ahead_share
+        ):
             ahead = int(self.scenario.fleet.clock_ahead_minutes * 60_000)
         synthetic = drift.synthetic if stream.synthetic else None
         campaign = self.scenario.campaign or ("chaos-lab" if synthetic and synthetic.mark == "campaign" else None)
@@ -453,7 +469,15 @@ class FleetStream:
             code, body = reports.malformed(attempt, reported + ahead_ms, self._bad)
             self._bad += 1
             self._send(
-                Delivery(reported + 1000, body, f"{attempt.execution_id}-malformed", attempt.appliance_id, "invalid", False, code)
+                Delivery(
+                    reported + 1000,
+                    body,
+                    f"{attempt.execution_id}-malformed",
+                    attempt.appliance_id,
+                    "invalid",
+                    False,
+                    code,
+                )
             )
 
     def _outage_end(self, appliance_id: str, at_ms: int) -> int | None:

@@ -124,7 +124,9 @@ class Truth:
                         "true_rates": [{"day": day, "rate": round(rate, 6)} for day, rate in rates],
                         "chosen_share": 1.0
                         if drift.otherwise is None
-                        else drift.otherwise.share if runbook == drift.otherwise.runbook else 1 - drift.otherwise.share,
+                        else drift.otherwise.share
+                        if runbook == drift.otherwise.runbook
+                        else 1 - drift.otherwise.share,
                         "expect": expect,
                         **self.patterns.get(key, Counted()).as_dict(),
                     }
@@ -143,9 +145,7 @@ class Truth:
                     "registered": rule.registered,
                     "enabled": rule.enabled,
                     "runbook": rule.runbook or drift_of_rule.runbook,
-                    "true_rates": [
-                        {"day": day, "rate": rate_at(base, rule.changes, day, 0.0)} for day in days
-                    ],
+                    "true_rates": [{"day": day, "rate": rate_at(base, rule.changes, day, 0.0)} for day in days],
                     "sites_share": min((change.sites_share for change in rule.changes), default=1.0),
                 }
             counted = self.rules.get(rule_id, Counted())
