@@ -58,6 +58,10 @@ def main() -> int:
         rejected_by=None,
         checks_green=True,
         days_observed=10.0,
+        step=2,
+        step_days=10.0,
+        own_successes=500,
+        served_sites=SITES,
     )
     names = [f"site-{i:03d}" for i in range(SITES)]
     evidence = [

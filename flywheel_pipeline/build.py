@@ -17,19 +17,29 @@ import dagster as dg
 from flywheel_pipeline.aggregates.assets import build_backfill_asset, build_refresh_asset
 from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG, aggregates_checks
 from flywheel_pipeline.candidates.assets import patterns
+from flywheel_pipeline.candidates.checks import candidates_checks
+from flywheel_pipeline.contracts.defs import (
+    CONTRACT_CHECKS,
+    build_contracts_job,
+    build_data_docs_job,
+    build_data_docs_schedule,
+    contract_steps,
+)
 from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
-from flywheel_pipeline.health.assets import rule_quarantines
+from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
+from flywheel_pipeline.health.assets import build_attribution_asset, build_demotion_asset
 from flywheel_pipeline.health.checks import health_checks
+from flywheel_pipeline.health.sensors import build_alert_sensor
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
 from flywheel_pipeline.promotion.backtest_asset import policy_backtest
 from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
 from flywheel_pipeline.promotion.jobs import human_jobs
 from flywheel_pipeline.sql_models.loader import load_models
 from flywheel_pipeline.telemetry.assets import external_tables
-from flywheel_pipeline.telemetry.checks import SUITE_CHECK, telemetry_checks, telemetry_suite
+from flywheel_pipeline.telemetry.checks import NIGHTLY_CHECKS, telemetry_checks, telemetry_nightly_checks
 from flywheel_pipeline.telemetry.sensors import build_telemetry_sensor
 
 PIPELINE_JOB = "pipeline"
@@ -46,18 +56,23 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     backfill = build_backfill_asset(graph)
     checks = [
         telemetry_checks,
-        telemetry_suite,
+        telemetry_nightly_checks,
+        candidates_checks,
+        *contract_steps,
         aggregates_checks,
         promotion_gates,
         registry_checks,
         delivery_checks,
         health_checks,
+        alert_checks,
     ]
     # Checks are named on their own: a check that nobody selected is silently left out of a job.
     everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
     pipeline = dg.define_asset_job(
         PIPELINE_JOB,
-        selection=everything - dg.AssetSelection.checks(SUITE_CHECK) - dg.AssetSelection.assets(policy_backtest),
+        selection=everything
+        - dg.AssetSelection.checks(*CONTRACT_CHECKS, *NIGHTLY_CHECKS)
+        - dg.AssetSelection.assets(policy_backtest),
         description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
         executor_def=dg.in_process_executor,
     )
@@ -70,7 +85,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     nightly_job = dg.define_asset_job(
         NIGHTLY_JOB,
         selection=everything,
-        description="The pipeline with every counter recounted in full, the expectation suite over the log, and the backtest.",
+        description="The pipeline with every counter recounted in full, the contracts, and the backtest.",
         tags={FULL_RECOUNT_TAG: "true"},
         executor_def=dg.in_process_executor,
     )
@@ -84,6 +99,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         description="The whole graph with every counter recounted in full.",
     )
     housekeeping = build_housekeeping_job()
+    data_docs = build_data_docs_job()
     retention = dg.ScheduleDefinition(
         name="nightly_housekeeping",
         job=housekeeping,
@@ -95,19 +111,21 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=[
             *external_tables,
+            alerts_table,
             build_refresh_asset(graph),
             backfill,
             patterns,
-            rule_quarantines,
+            build_demotion_asset(graph),
+            build_attribution_asset(graph),
             promotion_decisions,
             apply,
             policy_backtest,
             build_delivery_asset(graph),
         ],
         asset_checks=checks,
-        jobs=[pipeline, nightly_job, backfill_job, housekeeping, *human_jobs()],
-        schedules=[nightly, retention],
-        sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,))],
+        jobs=[pipeline, nightly_job, backfill_job, housekeeping, build_contracts_job(), data_docs, *human_jobs()],
+        schedules=[nightly, retention, build_data_docs_schedule(data_docs)],
+        sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,)), build_alert_sensor()],
         resources=dict(resources or {"database": FlywheelDatabase()}),
         executor=dg.in_process_executor,
     )

@@ -3,6 +3,7 @@
 Belongs here: the conversion and the recording of gate verdicts. Does not belong here: any question.
 """
 
+import datetime as dt
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Check:
     """One check: the asset it speaks of, its name as a statement, and how to answer it.
 
     `gate`: its verdict is required for promotion, and it blocks what is downstream in the run.
-    `warn`: a failure is a warning.
+    `warn`: a failure is a warning, unless the finding says how severe it is.
     """
 
     asset: str
@@ -48,13 +49,18 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
     }
     if finding.sample:
         metadata["sample"] = dg.MetadataValue.md(markdown_table(finding.sample, longest_cell=LONGEST_CELL))
+    for name, page in finding.pages.items():
+        metadata[name] = dg.MetadataValue.md(page)
+    for name, path in finding.paths.items():
+        metadata[name] = dg.MetadataValue.path(path)
+    warn = check.warn if finding.severe is None else not finding.severe
     return dg.AssetCheckResult(
         passed=bool(finding.passed),
         asset_key=check.asset,
         check_name=check.name,
-        severity=dg.AssetCheckSeverity.WARN if check.warn else dg.AssetCheckSeverity.ERROR,
-        # The page renders this as markdown, which would swallow masks such as <hex>.
-        description=finding.sentence.replace("<", "‹").replace(">", "›"),
+        severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
+        # The page renders this as markdown, which would swallow masks such as <hex> and make links of `[x](y)`.
+        description=finding.sentence.replace("<", "‹").replace(">", "›").replace("](", "] ("),
         metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},
     )
 
@@ -101,5 +107,15 @@ def reading(question: Callable[[sa.Connection], Finding]) -> Question:
     def ask(engine: sa.Engine, _batch: Batch, _tags: Mapping[str, str]) -> Finding:
         with engine.connect() as connection:
             return question(connection)
+
+    return ask
+
+
+def at_batch(question: Callable[[sa.Connection, dt.datetime], Finding]) -> Question:
+    """Adapt a question that needs a connection and the clock of the batch."""
+
+    def ask(engine: sa.Engine, batch: Batch, _tags: Mapping[str, str]) -> Finding:
+        with engine.connect() as connection:
+            return question(connection, batch.now)
 
     return ask

@@ -19,7 +19,9 @@ class Finding:
     """The answer to one question.
 
     `offenders` counts what breaks the statement, `sample` shows at most 20 of it; `figures` are numbers worth a plot
-    (counts, seconds, fractions).
+    (counts, seconds, fractions). `severe` says whether a failure is an error or a warning where that depends on what
+    was found; None leaves it to the check. `paths` name files that say more; `pages` are Markdown that says more, in which
+    whatever telemetry reported is escaped.
     """
 
     passed: bool
@@ -29,6 +31,9 @@ class Finding:
     offenders: int = 0
     sample: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     figures: Mapping[str, float | int | None] = field(default_factory=dict)
+    severe: bool | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+    pages: Mapping[str, str] = field(default_factory=dict)
 
 
 def _json(value: Any) -> Any:

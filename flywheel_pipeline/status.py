@@ -26,7 +26,8 @@ def read_status(connection: sa.Connection, *, top: int = 5) -> dict[str, Any]:
     Keys: telemetry {rows, l1, not_l1, successful, unresolved, l1_promoted, l1_builtin, waiting_cells, open_rejects},
     patterns {total, promoted, pending, approved, rejected}, rules {promoted, enabled, quarantined, builtin,
     builtin_enabled}, top_rules (promoted rules by matches) and builtin_rules [{rule_id, matches, successes, failures,
-    success_rate}], quarantined [{rule_id, reason, actor, at}], held [{pattern, reason}], unresolved_ids, policy,
+    success_rate}], quarantined [{rule_id, reason, actor, at}],
+    quarantined_scopes [{rule_id, scope_kind, scope_value, reason, actor, at}], held [{pattern, reason}], unresolved_ids, policy,
     batch. Rates are fractions, null over nothing.
     """
     rules = (
@@ -88,6 +89,11 @@ def read_status(connection: sa.Connection, *, top: int = 5) -> dict[str, Any]:
             connection,
             "SELECT rule_id, state_reason AS reason, state_actor AS actor, state_at::text AS at FROM l1_rules "
             "WHERE state = 'quarantined' ORDER BY rule_id",
+        ),
+        "quarantined_scopes": _all(
+            connection,
+            "SELECT rule_id, scope_kind, scope_value, reason, actor, since::text AS at FROM quarantined_scopes "
+            "ORDER BY rule_id, scope_kind, scope_value",
         ),
         "held": _all(
             connection,

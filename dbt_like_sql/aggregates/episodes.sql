@@ -11,6 +11,7 @@ description: >
   then. Synthetic rows are counted in their own column and enter no other.
 owner: team:data-platform
 key: [site_id, day, level, rule_id, incident_type, runbook_id, platform, hostname]
+indexes: [[rule_id, first_at]]
 columns:
   site_id: [text, the site under its name of today]
   day: [date, UTC day of event time]
@@ -36,7 +37,8 @@ columns:
   successes: [bigint, verified successes]
   refired: [bigint, verified successes after which the same drift came back within 24 hours]
   outcome: [text, "success, failure, or unrated where no execution was rated"]
-consumers: [rule_daily_stats, pattern_daily_stats, pattern_evidence, rule_hosts]
+  agent_version: [text, "release of the agent at the last rated execution; unknown where it did not say or none was rated"]
+consumers: [rule_daily_stats, pattern_daily_stats, pattern_evidence, rule_hosts, rule_episodes]
 ---*/
 WITH marked AS (
   SELECT
@@ -77,6 +79,10 @@ SELECT
     WHEN bool_or(outcome_class = 'success' AND came_back) THEN 'failure'
     WHEN (array_agg(outcome_class ORDER BY event_at DESC, execution_id DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1] = 'success' THEN 'success'
     ELSE 'failure'
-  END AS outcome
+  END AS outcome,
+  coalesce(
+    (array_agg(agent_version ORDER BY event_at DESC, execution_id DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1],
+    'unknown'
+  ) AS agent_version
 FROM marked
 GROUP BY site_id, day, level, rule_id, incident_type, runbook_id, platform, hostname

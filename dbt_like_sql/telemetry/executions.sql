@@ -32,7 +32,10 @@ columns:
   success: [boolean, "as reported, before any doubt"]
   outcome_class: [text, "synthetic, agent_unsupported, not_applicable, unreachable, escalated, suppressed, failure, unverified or success"]
   error_message: [text, as reported]
-consumers: [episodes, failing rules report]
+  error_step: [integer, "the step that failed: as reported, else the last one executed; null on a success"]
+  os: [text, "operating system, from tags.os, else state_before.os; null where the agent sends neither"]
+  hardware: [text, "kind of machine, from tags.hardware, else state_before.hardware; null where the agent sends neither"]
+consumers: [episodes, rule_failure_cells, failing rules report]
 ---*/
 WITH signature_classes AS MATERIALIZED (
   SELECT s.error_message, s.failure_type, s.status, c.outcome_class
@@ -78,7 +81,13 @@ SELECT
     WHEN t.verification_passed IS NULL THEN 'unverified'
     ELSE 'success'
   END::text AS outcome_class,
-  t.error_message
+  t.error_message,
+  CASE
+    WHEN NOT t.success
+      THEN coalesce(t.error_step, CASE WHEN jsonb_typeof(t.executed_steps) = 'array' THEN nullif(jsonb_array_length(t.executed_steps), 0) END)
+  END AS error_step,
+  nullif(btrim(coalesce(t.tags ->> 'os', t.state_before ->> 'os')), '') AS os,
+  nullif(btrim(coalesce(t.tags ->> 'hardware', t.state_before ->> 'hardware')), '') AS hardware
 FROM execution_telemetry AS t
 LEFT JOIN site_aliases AS sa
   ON sa.alias = t.site_id AND t.event_at >= sa.valid_from AND t.event_at < sa.valid_to

@@ -26,6 +26,10 @@ FEEDBACK = frozenset(
         "site_aliases",
         "rule_manifests",
         "appliance_commands",
+        "rule_events",
+        "scope_quarantines",
+        "policy_documents",
+        "cusum_checkpoints",
     }
 )
 REFRESHED_ROOMS = ("telemetry", "aggregates", "candidates")

@@ -61,7 +61,7 @@ def activate_policy(
     Raises:
         PolicyError: no policy has that name, or its file is not valid.
     """
-    policies.load_policy(name)
+    record_policy(connection, policies.load_policy(name))
     current = policy_in_force(connection)
     if (current.policy_name, current.as_of) == (name, as_of) and current.actor is not None:
         return False
@@ -74,12 +74,28 @@ def activate_policy(
     return True
 
 
+def record_policy(connection: sa.Connection, policy: policies.Policy) -> None:
+    """Write down what this policy's hash stands for, once."""
+    connection.execute(
+        sa.text(
+            "INSERT INTO policy_documents (policy_hash, policy_name, document) "
+            "VALUES (:hash, :name, CAST(:document AS jsonb)) ON CONFLICT (policy_hash) DO NOTHING"
+        ),
+        {
+            "hash": policy.policy_hash,
+            "name": policy.name,
+            "document": policies.canonical(policy.model_dump(mode="json")),
+        },
+    )
+
+
 def open_batch(connection: sa.Connection, run_id: str) -> Batch:
     """Return the batch of this run, opened on first call with the policy then in force."""
     opened = sa.text("SELECT * FROM refresh_batches WHERE run_id = :run_id")
     row = connection.execute(opened, {"run_id": run_id}).one_or_none()
     if row is None:
         activation = policy_in_force(connection)
+        record_policy(connection, policies.load_policy(activation.policy_name))
         connection.execute(
             sa.text(
                 "INSERT INTO refresh_batches (run_id, policy_name, policy_hash, as_of) "

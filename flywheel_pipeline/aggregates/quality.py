@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.recount import recount
@@ -74,30 +77,49 @@ def no_unresolved_rule_ids(connection: sa.Connection) -> Finding:
     )
 
 
+EXCLUDED = ("agent_unsupported", "not_applicable", "unreachable", "escalated", "suppressed", "unverified")
+
+
 def exclusions_are_few(connection: sa.Connection, *, limit: float = 0.20) -> Finding:
-    """For no enabled rule with 20 executions or more are over 20 % of them left out of its rate."""
-    rows = (
+    """For no enabled rule with 20 executions or more are over 20 % of them left out of its rate.
+
+    Each rule with its shares by class, the largest class named; the fleet's share of each class as a figure, null
+    while nothing was executed.
+    """
+    classes = ", ".join(EXCLUDED)
+    rules = (
         connection.execute(
             sa.text(
-                "SELECT rule_id, matches, excluded, excluded::double precision / matches AS share, unreachable, "
-                "not_applicable, agent_unsupported, escalated, suppressed, unverified FROM rule_scorecard "
-                "WHERE enabled AND matches >= 20 AND excluded::double precision / matches > :limit "
-                "ORDER BY share DESC, rule_id"
-            ),
-            {"limit": limit},
+                f"SELECT rule_id, matches, excluded, excluded::double precision / nullif(matches, 0) AS share, {classes} "  # noqa: S608 (constants)
+                "FROM rule_scorecard WHERE enabled ORDER BY share DESC NULLS LAST, rule_id"
+            )
         )
         .mappings()
         .all()
     )
+    matches = sum(row["matches"] for row in rules)
+    rows = [row for row in rules if row["matches"] >= 20 and row["share"] > limit]
+
+    def mostly(row: Mapping[Any, Any]) -> str:
+        largest = max(EXCLUDED, key=lambda name: row[name])
+        return f"{largest.replace('_', ' ')} {row[largest] / row['matches']:.0%}"
+
+    sentence = "No rule hides behind exclusions." if matches else "No rule in service was executed: nothing to judge."
     return Finding(
         passed=not rows,
-        sentence="No rule hides behind exclusions."
+        sentence=sentence
         if not rows
         else f"For {len(rows)} rules more than {limit:.0%} of the executions enter no rate; "
-        f"most of all {rows[0]['rule_id']}, {rows[0]['share']:.0%}.",
+        f"most of all {rows[0]['rule_id']}, {rows[0]['share']:.0%}, mostly {mostly(rows[0])}.",
         observed=f"{len(rows)} rules",
         required=f"no rule above {limit:.0%}",
         offenders=len(rows),
-        sample=[dict(row) for row in rows[:20]],
-        figures={"rules_above_limit": len(rows)},
+        sample=[{**row, "mostly": mostly(row)} for row in rows[:20]],
+        figures={
+            "rules_above_limit": len(rows),
+            **{
+                f"share {name}": sum(row[name] for row in rules) / matches if matches else None
+                for name in ("excluded", *EXCLUDED)
+            },
+        },
     )

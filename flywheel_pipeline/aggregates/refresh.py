@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
+from flywheel_pipeline.health.demotion import drop_changed_checkpoints
 from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models, telemetry_columns
 from flywheel_pipeline.sql_models.sync import stale_models
@@ -172,6 +173,7 @@ def refresh(
     seconds: dict[str, float] = {}
     models = [model for model in graph if model.materialized == "cell"]
     followed = {upstream.name for m in models for upstream in _cells_below(graph, m) if m.cell != "day"}
+    followed |= {"episodes"} & {m.name for m in models}  # checkpoints of health follow them
     for model in models:
         if progress is not None:
             progress(model.name)
@@ -188,6 +190,8 @@ def refresh(
                 changed=f"changed_{model.name}" if model.name in followed else None,
             )
         seconds[model.name] = time.monotonic() - begun
+    if cells and "episodes" in followed:
+        drop_changed_checkpoints(connection)
     changed = connection.exec_driver_sql(_COUNTERS).rowcount
     _drop_scope(connection, graph)
     remaining = 0

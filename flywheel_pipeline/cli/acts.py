@@ -15,11 +15,19 @@ JSON = typer.Option(False, "--json", help="Print one JSON document.")
 
 
 def _do(
-    what: str, subjects: list[str], actor: str, reason: str, json: bool, change: dict[str, Any] | None = None
+    what: str,
+    subjects: list[str],
+    actor: str,
+    reason: str,
+    json: bool,
+    change: dict[str, Any] | None = None,
+    site: str = "",
+    agent_version: str = "",
 ) -> None:
-    from flywheel_pipeline.promotion.acts import Act, act
+    from flywheel_pipeline.promotion.acts import Act, act, scope_of
 
-    reports = act(open_database(), cast(Act, what), subjects, actor=actor, reason=reason, change=change)
+    scope = scope_of(site, agent_version)
+    reports = act(open_database(), cast(Act, what), subjects, actor=actor, reason=reason, change=change, scope=scope)
     if json:
         print_json([asdict(report) for report in reports])
     else:
@@ -49,10 +57,42 @@ def register(app: typer.Typer) -> None:
 
     subject_command("approve", "Approve patterns by name; the next run's gates read it.", "Pattern keys or ids.")
     subject_command("reject", "Reject patterns.", "Pattern keys or ids.")
-    subject_command("quarantine", "Take rules out of service and out of every manifest, at once.", "Rule ids.")
+
+    def scoped_command(what: str, help_text: str) -> None:
+        @app.command(what, help=help_text)
+        def command(
+            subjects: list[str] = typer.Argument(..., help="Rule ids."),
+            site: str = typer.Option("", "--site", help="Only at this site."),
+            agent_version: str = typer.Option("", "--agent-version", help="Only on agents of this release."),
+            actor: str = ACTOR,
+            reason: str = REASON,
+            json: bool = JSON,
+        ) -> None:
+            _do(what, subjects, actor, reason, json, site=site, agent_version=agent_version)
+
+    scoped_command(
+        "quarantine", "Take rules out of service and out of every manifest, at once; or from one site or agent release."
+    )
+    scoped_command("lift", "End the quarantine of rules at a site or on an agent release.")
     subject_command("retire", "Retire rules for ever.", "Rule ids.")
     plain_command("freeze", "Stop promotion until a thaw; never stops demotion.")
     plain_command("thaw", "End a freeze.")
+
+    @app.command("rollout")
+    def rollout(
+        rule_id: str = typer.Argument(..., help="A rule in shadow, canary or ring."),
+        what: str = typer.Argument(..., help="pause, resume or abort.", metavar="pause|resume|abort"),
+        actor: str = ACTOR,
+        reason: str = REASON,
+        json: bool = JSON,
+    ) -> None:
+        """Pause or resume a rollout at its step, or abort it: quarantined, and back as a new version only."""
+        from flywheel_pipeline.errors import UsageError
+        from flywheel_pipeline.promotion.acts import ROLLOUT_ACTS
+
+        if what not in ROLLOUT_ACTS:
+            raise UsageError(f"A rollout knows no {what}.", hint=f"flywheel rollout {rule_id} pause, resume or abort")
+        _do(what, [rule_id], actor, reason, json)
 
     @app.command("readmit")
     def readmit(

@@ -11,7 +11,20 @@ import sys
 import typer
 
 from flywheel_pipeline import __version__
-from flywheel_pipeline.cli import acts, adopt, database, pipeline, promotion, telemetry
+from flywheel_pipeline.cli import (
+    acts,
+    adopt,
+    alerts,
+    backup,
+    database,
+    docs,
+    doctor,
+    pipeline,
+    promotion,
+    report,
+    telemetry,
+    why,
+)
 from flywheel_pipeline.cli.terminal import err
 from flywheel_pipeline.errors import FlywheelError
 
@@ -44,9 +57,15 @@ def root(
 pipeline.register(app)
 telemetry.register(app)
 promotion.register(app)
+why.register(app)
 acts.register(app)
 adopt.register(app)
+doctor.register(app)
+backup.register(app)
+app.add_typer(alerts.app, name="alerts")
+report.register(app)
 app.add_typer(database.app, name="db")
+app.add_typer(docs.app, name="docs")
 
 
 def main() -> None:

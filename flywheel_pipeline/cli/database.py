@@ -48,6 +48,36 @@ def check(json: bool = typer.Option(False, "--json", help="Print the differences
 
 
 @app.command()
+def roles(json: bool = typer.Option(False, "--json", help="Print the roles as JSON.")) -> None:
+    """Show the least-privilege roles, who has each, and what differs from the declared grants; exit 4 if anything does."""
+    from flywheel_pipeline.database.roles import states
+
+    with open_database().connect() as connection:
+        found = [asdict(state) for state in states(connection)]
+    wrong = [state for state in found if not state["exists"] or state["missing"] or state["surplus"]]
+    if json:
+        print_json({"roles": found})
+    else:
+        shown = [{**state, "members": ", ".join(state["members"]) or None} for state in found]
+        columns = {
+            "role": "role",
+            "members": "who has it",
+            "missing": "missing",
+            "surplus": "surplus",
+            "meaning": "what for",
+        }
+        print_table("Roles", shown, columns)
+        out.print(
+            "A login gets one by `GRANT flywheel_reader TO somebody`; an administrator makes logins."
+            if not wrong
+            else f"{len(wrong)} roles are not as declared: `flywheel db upgrade`, by an owner who may create roles, sets them.",
+            soft_wrap=True,
+        )
+    if wrong:
+        raise typer.Exit(SchemaMismatch.exit_code)
+
+
+@app.command()
 def url(
     show_password: bool = typer.Option(False, "--show-password", help="Print the password too."),
 ) -> None:

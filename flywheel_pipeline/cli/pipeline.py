@@ -74,12 +74,16 @@ def up(
 ) -> None:
     """Start database, Dagster UI and daemon; sensors and schedules are on. Ctrl-C stops all it started."""
     from flywheel_pipeline.database.embedded import EmbeddedServer
-    from flywheel_pipeline.database.engine import resolve_url
+    from flywheel_pipeline.database.engine import open_engine, resolve_url
     from flywheel_pipeline.database.migrate import upgrade
     from flywheel_pipeline.database.settings import get_settings
+    from flywheel_pipeline.health.alerting.channels import get_alerting
+    from flywheel_pipeline.health.alerting.watch import DaemonWatch
+    from flywheel_pipeline.run import dagster_instance
     from flywheel_pipeline.serve import require_free_port, start
 
     settings = get_settings()
+    alerting = get_alerting(settings)
     host, port = host or settings.ui_host, port or settings.ui_port
     require_free_port(host, port)
     begun = time.monotonic()
@@ -103,10 +107,18 @@ def up(
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        while not (dead := services.dead()):
-            time.sleep(0.5)
-        failed = True
-        err.print(f"[bold red]Error:[/] the {dead[0]} ended; its log: {services.logs / (dead[0] + '.log')}")
+        with dagster_instance(url, settings) as instance:
+            watch = DaemonWatch(open_engine(url), instance, alerting)
+            told = None
+            while not (dead := services.dead()):
+                time.sleep(0.5)
+                watch.tick()
+                if watch.problem != told and (told := watch.problem):
+                    err.print(told, markup=False, soft_wrap=True)
+            failed = True
+            err.print(f"[bold red]Error:[/] the {dead[0]} ended; its log: {services.logs / (dead[0] + '.log')}")
+            if "daemon" in dead:
+                watch.ended("The daemon's process ended by itself.")
     except KeyboardInterrupt:
         err.print("Stopping.")
     finally:

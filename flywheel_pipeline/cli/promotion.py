@@ -81,6 +81,28 @@ def explain(
                 "more_clean": "clean episodes still needed",
             },
         )
+    if found["cusum"]:
+        out.print()
+        print_table(
+            "CUSUM by scope: W, the evidence that it got worse there",
+            [{**row, "w": f"{row['w']:.2f}"} for row in found["cusum"]],
+            {"scope": "scope", "value": "where", "episodes": "episodes", "failures": "failed", "w": "W"},
+        )
+    if found["quarantined_scopes"]:
+        out.print()
+        print_table(
+            "Quarantined in parts of the fleet",
+            found["quarantined_scopes"],
+            {"at": "when", "scope_kind": "scope", "scope_value": "where", "actor": "by", "reason": "because"},
+        )
+    if found["rollout"]:
+        step, sites = found["rollout"]["step"], found["rollout"]["served_sites"]
+        out.print(
+            f"\nRollout: {found['state']}, step {step or '-'}, on {sites} site{'' if sites == 1 else 's'}"
+            + (f", paused by {found['rollout']['paused_by']}" if found["rollout"]["paused_by"] else "")
+            + ".",
+            markup=False,
+        )
     if found["events"]:
         out.print()
         print_table(
@@ -95,6 +117,13 @@ def explain(
                 "reason": "because",
             },
         )
+    if found["why"]:
+        from flywheel_pipeline.cli.why import print_causes
+
+        out.print(f"\n[bold]Causes[/]  (as of {found['why']['as_of'][:16]}; `flywheel why` says more)")
+        if found["why"]["sentence"]:
+            out.print(escape(found["why"]["sentence"]), soft_wrap=True)
+        print_causes(found["why"])
     if found["failures"]:
         out.print()
         print_table(

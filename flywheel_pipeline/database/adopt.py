@@ -22,7 +22,7 @@ from alembic import command
 from sqlalchemy import Connection, Engine
 
 from flywheel_pipeline.database import adopt_catalog as catalog
-from flywheel_pipeline.database import declared, migrate, seed
+from flywheel_pipeline.database import declared, migrate, roles, seed
 from flywheel_pipeline.database.adopt_plan import PRODUCTION, REQUIRED, Obstacle, Phase, Plan, Step, make_plan
 from flywheel_pipeline.database.drift import differences, snapshots
 from flywheel_pipeline.database.tables import adoption_journal, metadata
@@ -326,6 +326,7 @@ class _Undoer:
         archive = self.new_archive()
         self.journal_undone(archive)
         models = self.take_down_models()
+        self.take_down_policies(had)
         self.take_down_triggers()
         staying = catalog.silence(connection, had)
         self.archive_added_columns(archive, changed)
@@ -378,6 +379,32 @@ class _Undoer:
         if views:
             execute(self.connection, f"DROP VIEW {', '.join(views)}")
         return [row.name for row in rows if row.kind != "v"]
+
+    def take_down_policies(self, had: set[str]) -> None:
+        """Drop our row-level policies, and take the rights of our roles on the tables that stay."""
+        policies = self.connection.execute(
+            sa.text(
+                "SELECT polname AS name, polrelid::regclass::text AS relation FROM pg_policy p "
+                "JOIN pg_class c ON c.oid = p.polrelid AND c.relnamespace = CAST(:schema AS regnamespace) "
+                "WHERE starts_with(polname, 'flywheel_')"
+            ),
+            {"schema": declared.SCHEMA},
+        ).all()
+        for policy in policies:
+            execute(self.connection, f"DROP POLICY {quote(policy.name)} ON {policy.relation}")
+        for relation in sorted({policy.relation for policy in policies}):
+            others = self.connection.execute(
+                sa.text("SELECT count(*) FROM pg_policy WHERE polrelid = CAST(:relation AS regclass)"),
+                {"relation": relation},
+            ).scalar_one()
+            if not others:
+                execute(self.connection, f"ALTER TABLE {relation} DISABLE ROW LEVEL SECURITY")
+        known = self.connection.execute(
+            sa.text("SELECT rolname::text FROM pg_roles WHERE rolname = ANY(:roles)"), {"roles": list(roles.MEANING)}
+        ).scalars()
+        for role in known.all():
+            for table in sorted(had):
+                execute(self.connection, f"REVOKE ALL ON {quote(table)} FROM {quote(role)}")
 
     def take_down_triggers(self) -> None:
         ours = {

@@ -8,8 +8,9 @@ imagined. Does not belong here: repairing anything.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import sqlalchemy as sa
@@ -92,6 +93,23 @@ _QUERIES: Final[tuple[str, ...]] = (
     ) f (name, fact)
     WHERE c.relnamespace = CAST(:schema AS regnamespace) AND NOT t.tgisinternal
     """,
+    # Row-level security: whether it is on, and each policy.
+    """
+    SELECT 'row security of ' || c.relname, c.relname::text, 'state',
+           CASE WHEN c.relrowsecurity THEN 'enabled' ELSE 'disabled' END
+           || CASE WHEN c.relforcerowsecurity THEN ', forced' ELSE '' END
+    FROM pg_class c WHERE c.relnamespace = CAST(:schema AS regnamespace) AND c.relkind IN ('r', 'p')
+    """,
+    """
+    SELECT 'policy ' || p.polname || ' on ' || c.relname, c.relname::text, f.name, f.fact
+    FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid
+    CROSS JOIN LATERAL (VALUES
+      ('command', p.polcmd::text || CASE WHEN p.polpermissive THEN ' permissive' ELSE ' restrictive' END),
+      ('condition', coalesce(pg_get_expr(p.polqual, p.polrelid), '')),
+      ('condition of writes', coalesce(pg_get_expr(p.polwithcheck, p.polrelid), ''))
+    ) f (name, fact)
+    WHERE c.relnamespace = CAST(:schema AS regnamespace)
+    """,
     """
     SELECT 'function ' || p.proname || '(' || pg_get_function_identity_arguments(p.oid) || ')', '',
            f.name, f.fact
@@ -130,7 +148,7 @@ def check(engine: Engine) -> list[Difference]:
         accepted = _accepted(connection)
         expected, live = snapshots(connection)
         transaction.rollback()
-    found = [difference for difference in differences(expected, live) if difference not in accepted]
+    found = [difference for difference in differences(expected, live) if _as_dumped(difference) not in accepted]
     if revision != head:
         found.insert(0, Difference("migrations", "not at the newest revision", head, revision or "none"))
     return found
@@ -151,7 +169,20 @@ def _accepted(connection: Connection) -> set[Difference]:
     rows = connection.execute(
         sa.text(f"SELECT details FROM {declared.SCHEMA}.adoption_journal WHERE kind = 'accepted'")  # noqa: S608
     )
-    return {Difference(**row.details) for row in rows}
+    return {_as_dumped(Difference(**row.details)) for row in rows}
+
+
+# PostgreSQL prints `status IN ('a', 'b')` on a varchar as ARRAY['a'::character varying, …]::text[], and reads that back,
+# from a dump, as ARRAY['a'::character varying::text, …]. The two are one expression: a restored database is no other.
+_VARCHARS = re.compile(r"ARRAY\[((?:'(?:[^']|'')*'::character varying(?:, )?)+)\]::text\[\]")
+
+
+def _dumped(text: str) -> str:
+    return _VARCHARS.sub(lambda m: f"ARRAY[{m[1].replace('::character varying', '::character varying::text')}]", text)
+
+
+def _as_dumped(difference: Difference) -> Difference:
+    return replace(difference, expected=_dumped(difference.expected), found=_dumped(difference.found))
 
 
 def _declare(connection: Connection) -> dict[str, CatalogObject]:
@@ -193,7 +224,7 @@ def differences(wanted: Mapping[str, CatalogObject], live: Mapping[str, CatalogO
                 yield Difference(label, "not declared", "", _spoken(found))
         elif expected is not None and found is not None:
             for name in expected.facts:
-                if expected.facts[name] != found.facts[name]:
+                if _dumped(expected.facts[name]) != _dumped(found.facts[name]):
                     problem = _problem(name, expected.facts[name], found.facts[name])
                     yield Difference(label, problem, _one_line(expected.facts[name]), _one_line(found.facts[name]))
 

@@ -585,6 +585,14 @@ def _package_binaries() -> Path:
     return binaries
 
 
+def client_programs() -> Path:
+    """Return the directory of pg_dump, pg_restore and psql of the embedded PostgreSQL; they serve older servers too.
+
+    Raises DatabaseUnavailable when the wheel that brings them is not installed.
+    """
+    return _package_binaries()
+
+
 def _works_for(binaries: Path, owner: _Owner) -> bool:
     script = '"$1/postgres" --version >/dev/null && "$1/initdb" --version >/dev/null && test -r "$2"'
     share = binaries.parent / "share" / "postgresql" / "postgres.bki"

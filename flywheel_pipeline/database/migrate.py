@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from alembic import command
 from sqlalchemy import Connection, Engine
 
-from flywheel_pipeline.database import declared, seed
+from flywheel_pipeline.database import declared, roles, seed
 from flywheel_pipeline.database.drift import Difference, check
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.errors import DatabaseUnavailable, SchemaMismatch
@@ -38,7 +38,7 @@ def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeRepor
     """Bring the database to this release: all of it or nothing, in one transaction under an advisory lock.
 
     In order: the schema for Dagster's tables, migrations, changed routines, changed SQL models, changed
-    seeds. Up to date already, it changes nothing and reports no changes. `progress` receives each change as
+    seeds, roles and their grants. Up to date already, it changes nothing and reports no changes. `progress` receives each change as
     it is made.
 
     Raises SchemaMismatch when the database is at a revision that this release does not know, or holds tables
@@ -66,10 +66,11 @@ def upgrade(engine: Engine, *, progress: Progress | None = None) -> UpgradeRepor
 
 
 def installation(connection: Connection) -> Iterator[str]:
-    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds; yield each change."""
+    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds, roles; yield each change."""
     yield from _apply_routines(connection)
     yield from declared.sync_sql_models(connection)
     yield from seed.apply_seeds(connection)
+    yield from roles.apply_roles(connection)
 
 
 def create_dagster_schema(connection: Connection) -> Iterator[str]:

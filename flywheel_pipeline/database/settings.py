@@ -18,7 +18,8 @@ class Settings(BaseSettings):
     """One reading of the FLYWHEEL_* environment variables.
 
     `home` (default `.flywheel` in the working directory) holds the embedded database, DAGSTER_HOME and logs.
-    `database_url` unset or empty means the embedded server.
+    `database_url` unset or empty means the embedded server. `alert_urls` holds Apprise URLs separated by white space,
+    `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -27,13 +28,16 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
+    ui_url: str | None = None
+    alert_urls: SecretStr | None = None
+    alert_rules: Path | None = None
 
     @field_validator("home", mode="after")
     @classmethod
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", mode="before")
+    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value

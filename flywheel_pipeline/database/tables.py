@@ -168,6 +168,7 @@ l1_rules = sa.Table(
     sa.Column("state_actor", sa.String(255)),
     sa.Column("state_at", Stamp),
     sa.Column("last_event_id", sa.BigInteger, nullable=False),
+    sa.Column("rollout_step", sa.Integer, comment="step within canary or ring, 1 or 2; fold of rule_events"),
 )
 
 appliance_commands = sa.Table(
@@ -473,10 +474,15 @@ human_acts = sa.Table(
     sa.Column("actor", sa.String(255), nullable=False),
     sa.Column("reason", Text, nullable=False),
     sa.Column("acted_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
-    sa.CheckConstraint("act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw')", name="act"),
+    sa.CheckConstraint(
+        "act IN ('approve', 'reject', 'quarantine', 'readmit', 'retire', 'freeze', 'thaw', 'lift', 'pause', 'resume', "
+        "'abort')",
+        name="act",
+    ),
     sa.CheckConstraint("btrim(actor) <> '' AND btrim(reason) <> ''", name="signed"),
     sa.CheckConstraint("(act IN ('freeze', 'thaw')) = (subject_id IS NULL)", name="subject"),
-    comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen.",
+    comment="What people decided, append-only. The last of freeze and thaw says whether promotion is frozen, the last of "
+    "pause and resume whether a rule's rollout is.",
 )
 
 rule_transitions = sa.Table(
@@ -508,10 +514,74 @@ rule_events = sa.Table(
     sa.Column("run_id", sa.String(255)),
     sa.Column("certificate", pg.JSONB),
     sa.Column("occurred_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.Column(
+        "rollout_step",
+        sa.Integer,
+        comment="step within canary or ring, 1 or 2; null: no step, or before there were any",
+    ),
     sa.ForeignKeyConstraint(["decision_id"], ["promotion_decisions.decision_id"]),
     sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
     sa.Index("rule_events_rule_id_idx", "rule_id", "event_id"),
     comment="The ledger: append-only, the only thing that changes a rule's state.",
+)
+
+policy_documents = sa.Table(
+    "policy_documents",
+    metadata,
+    sa.Column("policy_hash", sa.String(64), primary_key=True),
+    sa.Column("policy_name", sa.String(100), nullable=False),
+    sa.Column("document", pg.JSONB, nullable=False, comment="every value of the policy, defaults included"),
+    sa.Column("recorded_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="Append-only: what each policy hash on a batch or a decision stands for.",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Health room
+# --------------------------------------------------------------------------------------------------
+
+scope_quarantines = sa.Table(
+    "scope_quarantines",
+    metadata,
+    sa.Column("event_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("rule_id", sa.String(255), nullable=False),
+    sa.Column("rule_version", sa.Integer, nullable=False),
+    sa.Column("pattern_key", sa.String(1024), comment="of the rule, set by the database: copies of the rule share it"),
+    sa.Column("content_hash", sa.String(64), nullable=False, comment="of the rule, set by the database"),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("scope_kind", sa.String(20), nullable=False),
+    sa.Column("scope_value", sa.String(255), nullable=False, comment="a site id, or an agent version"),
+    sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column("reason", Text, nullable=False),
+    sa.Column("evidence", pg.JSONB, nullable=False, server_default=sa.text("'{}'::jsonb"), comment="W, n, window"),
+    sa.Column("policy_hash", sa.String(64)),
+    sa.Column("decision_id", sa.BigInteger),
+    sa.Column("batch_id", sa.BigInteger),
+    sa.Column("run_id", sa.String(255)),
+    sa.Column("occurred_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.ForeignKeyConstraint(["decision_id"], ["promotion_decisions.decision_id"]),
+    sa.ForeignKeyConstraint(["batch_id"], ["refresh_batches.batch_id"]),
+    sa.CheckConstraint("kind IN ('quarantined', 'lifted')", name="kind"),
+    sa.CheckConstraint("scope_kind IN ('site', 'agent_version') AND btrim(scope_value) <> ''", name="scope"),
+    sa.Index("scope_quarantines_scope_idx", "rule_id", "rule_version", "scope_kind", "scope_value", "event_id"),
+    comment="Append-only: which part of the fleet a rule is kept from. The last event of a scope says whether it is.",
+)
+
+cusum_checkpoints = sa.Table(
+    "cusum_checkpoints",
+    metadata,
+    sa.Column("policy_hash", sa.String(64), primary_key=True),
+    sa.Column("rule_id", sa.String(255), primary_key=True),
+    sa.Column("rule_version", sa.Integer, primary_key=True),
+    sa.Column("scope_kind", sa.String(20), primary_key=True),
+    sa.Column("scope_value", sa.String(255), primary_key=True),
+    sa.Column(
+        "until", Stamp, nullable=False, comment="episodes that began before it are in these figures; one for a rule"
+    ),
+    sa.Column("episodes", sa.BigInteger, nullable=False),
+    sa.Column("failures", sa.BigInteger, nullable=False),
+    sa.Column("w", sa.Double, nullable=False),
+    comment="Where each CUSUM stood some days ago, so that a run need not begin at the version's first episode. "
+    "Derived: deleted wherever an episode before it or a scope changes, and made anew.",
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -565,6 +635,115 @@ appliance_tokens = sa.Table(
         name="revoked",
     ),
     comment="Bearer tokens of appliances, hashed; one that was issued is never deleted, only revoked.",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Health room: why rules fail
+# --------------------------------------------------------------------------------------------------
+
+rule_attributions = sa.Table(
+    "rule_attributions",
+    metadata,
+    sa.Column("rule_id", sa.String(255), primary_key=True),
+    sa.Column("evidence_hash", sa.String(64), nullable=False, comment="of the counts and the method it rests on"),
+    sa.Column("matches", sa.BigInteger, nullable=False, comment="executions it rests on"),
+    sa.Column("sentence", Text, nullable=False, comment="the causes in words; empty: none stands out"),
+    sa.Column("result", pg.JSONB, nullable=False, comment="health.report.as_json, redacted"),
+    sa.Column("page", Text, nullable=False, comment="the same as Markdown"),
+    sa.Column("plots", pg.JSONB, nullable=False, comment="PNG data URIs by name"),
+    sa.Column("batch_id", sa.BigInteger, comment="the batch that computed it; null: outside a run"),
+    sa.Column("computed_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="Why each failing rule fails, the latest answer only; a rule that no longer fails has no row.",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Health room: alerts and their outbox
+# --------------------------------------------------------------------------------------------------
+
+alerts = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column(
+        "alert_key",
+        sa.String(1100),
+        primary_key=True,
+        comment="check:… | run:… | quarantine:… | candidate:… | daemon:…",
+    ),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("severity", sa.String(10), nullable=False),
+    sa.Column("state", sa.String(10), nullable=False, comment="ok: never raised; open; recovered"),
+    sa.Column("observed", sa.String(10), nullable=False, comment="pass | fail | error (could not be evaluated)"),
+    sa.Column(
+        "observed_at", Stamp, nullable=False, comment="of the newest observation folded in; older ones are ignored"
+    ),
+    sa.Column("title", Text, nullable=False),
+    sa.Column("sentence", Text, nullable=False),
+    sa.Column("details", pg.JSONB, nullable=False, comment="statement, offenders, command, run_id, asset …"),
+    sa.Column("first_at", Stamp, comment="when this opening began"),
+    sa.Column("last_at", Stamp, comment="last change of state"),
+    sa.Column("times_raised", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("acknowledged_by", sa.String(255)),
+    sa.Column("acknowledged_at", Stamp),
+    sa.Column("acknowledged_reason", Text),
+    sa.Column("escalated_at", Stamp),
+    sa.CheckConstraint("kind IN ('check', 'run', 'quarantine', 'candidate', 'daemon')", name="kind"),
+    sa.CheckConstraint("severity IN ('info', 'warning', 'critical')", name="severity"),
+    sa.CheckConstraint("state IN ('ok', 'open', 'recovered')", name="state"),
+    sa.CheckConstraint("observed IN ('pass', 'fail', 'error')", name="observed"),
+    sa.CheckConstraint("(state = 'open') = (observed <> 'pass')", name="open"),
+    comment="One row per thing that can alert, as last observed.",
+)
+
+alert_events = sa.Table(
+    "alert_events",
+    metadata,
+    sa.Column("event_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("alert_key", sa.String(1100), nullable=False),
+    sa.Column("transition", sa.String(20), nullable=False),
+    sa.Column("observed", sa.String(10), nullable=False),
+    sa.Column("severity", sa.String(10), nullable=False),
+    sa.Column("title", Text, nullable=False),
+    sa.Column("sentence", Text, nullable=False),
+    sa.Column("details", pg.JSONB, nullable=False),
+    sa.Column("actor", sa.String(255)),
+    sa.Column("reason", Text),
+    sa.Column("occurred_at", Stamp, nullable=False),
+    sa.Column("recorded_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.ForeignKeyConstraint(["alert_key"], ["alerts.alert_key"]),
+    sa.UniqueConstraint("alert_key", "transition", "occurred_at"),
+    sa.CheckConstraint(
+        "transition IN ('raised', 'changed', 'recovered', 'escalated', 'acknowledged')", name="transition"
+    ),
+    sa.CheckConstraint("transition <> 'acknowledged' OR (btrim(actor) <> '' AND btrim(reason) <> '')", name="signed"),
+    comment="Changes of state of alerts, append-only.",
+)
+
+notifications = sa.Table(
+    "notifications",
+    metadata,
+    sa.Column("notification_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("event_id", sa.BigInteger, nullable=False),
+    sa.Column("channel", sa.String(100), nullable=False, comment="alias; the URL is in the environment alone"),
+    sa.Column("not_before", Stamp, nullable=False, comment="the end of quiet hours"),
+    sa.Column("next_attempt_at", Stamp, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("claim", sa.Uuid, comment="the attempt at work; left behind by a sender that was killed"),
+    sa.Column("claimed_until", Stamp),
+    sa.Column(
+        "in_doubt",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="a killed sender may have delivered it",
+    ),
+    sa.Column("sent_at", Stamp),
+    sa.Column("error", Text, comment="of the last attempt, redacted"),
+    sa.Column("created_at", Stamp, nullable=False),
+    sa.ForeignKeyConstraint(["event_id"], ["alert_events.event_id"]),
+    sa.UniqueConstraint("event_id", "channel"),
+    sa.CheckConstraint("(claim IS NULL) = (claimed_until IS NULL)", name="claim"),
+    sa.Index("notifications_unsent_idx", "channel", "notification_id", postgresql_where=sa.text("sent_at IS NULL")),
+    comment="The outbox: one row per event and channel, written with the event, delivered at least once.",
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -21,8 +21,19 @@ COOLDOWN_SECONDS = 300
 MAX_RETRIES = 1
 DEFAULT_SEVERITY = "medium"
 
-# Share of the sites that a rule of this state is delivered to; never less than one site (gate.md section 3).
-STAGE_SHARE: Mapping[str, float] = {"canary": 0.10, "ring": 0.25, "fleet": 1.0}
+# Share of the sites that a rule is delivered to, by state and step within it; never less than one site, and in the first
+# step of the canary no more. Without a step a rule stands where it stood before there were any.
+STAGE_SHARE: Mapping[tuple[str, int | None], float] = {
+    ("canary", 1): 0.0,
+    ("canary", 2): 0.10,
+    ("canary", None): 0.10,
+    ("ring", 1): 0.25,
+    ("ring", None): 0.25,
+    ("ring", 2): 0.50,
+    ("fleet", None): 1.0,
+}
+
+UNKNOWN_RELEASE = "unknown"
 
 _TYPE_FIELDS = ("incident_type", "check_type")
 _OPERATORS = ("eq", "ne", "in", "not_in", "contains", "regex", "gt", "gte", "lt", "lte", "exists")
@@ -50,6 +61,7 @@ class RuleRow:
     Attributes:
         incident_pattern: the stored match conditions, in any shape found in production.
         failing: measured to fail (`publish.load_rules` says how); such a rule stands behind the others.
+        rollout_step: step within canary or ring; None elsewhere.
     """
 
     rule_id: str
@@ -62,6 +74,7 @@ class RuleRow:
     enabled: bool
     content_hash: str
     failing: bool = False
+    rollout_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,16 @@ class ApplianceRow:
 
 
 @dataclass(frozen=True)
+class ScopeOut:
+    """A part of the fleet that a rule in service is kept from: a site, or a release of the agent."""
+
+    rule_id: str
+    kind: Literal["site", "agent_version"]
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What one appliance should run.
 
@@ -82,7 +105,8 @@ class Manifest:
         manifest_hash: sha256 of the rules, as 64 hex digits; two appliances with equal rules share it.
         rules: in the agent's sync format plus the rule's `version`, in the order in which the agent tries
             them.
-        withheld: enabled rules in scope that it cannot run: `{rule_id, version, source, reason}`, by rule id.
+        withheld: enabled rules in scope that it cannot run, or is kept from by a quarantine of its site or its agent's
+            release: `{rule_id, version, source, reason}`, by rule id.
     """
 
     appliance_id: str
@@ -205,11 +229,13 @@ def unservable_rules(rules: Iterable[RuleRow], catalogue: Mapping[str, RunbookRo
     return sorted((rule_id, problem) for rule_id, problem in problems if problem is not None)
 
 
-def cohort(rule_id: str, rule_version: int, state: str, sites: Iterable[str]) -> frozenset[str]:
+def cohort(
+    rule_id: str, rule_version: int, state: str, sites: Iterable[str], step: int | None = None
+) -> frozenset[str]:
     """The sites that a rule of this state is delivered to.
 
     Sites are ranked by sha256(rule, version, site): the choice is stable, differs from rule to rule, and the
-    cohort of a stage contains those of the stages before it. At least one site, at most `STAGE_SHARE` of
+    cohort of a step contains those of the steps before it. At least one site, else at most `STAGE_SHARE` of
     them.
 
     Args:
@@ -217,10 +243,11 @@ def cohort(rule_id: str, rule_version: int, state: str, sites: Iterable[str]) ->
         rule_version: its version; a new version draws new sites.
         state: canary, ring or fleet; any other state is delivered nowhere.
         sites: the sites that have an appliance.
+        step: the step within canary or ring.
     """
-    share = STAGE_SHARE.get(state, 0.0)
+    share = STAGE_SHARE.get((state, step))
     everywhere = sorted(set(sites))
-    if share == 0.0 or not everywhere:
+    if share is None or not everywhere:
         return frozenset()
     ranked = sorted(everywhere, key=lambda s: hashlib.sha256(f"{rule_id}\0{rule_version}\0{s}".encode()).digest())
     return frozenset(ranked[: max(1, int(len(ranked) * share))])
@@ -242,6 +269,7 @@ def build_manifests(
     catalogue: Mapping[str, RunbookRow],
     *,
     on_unservable: Literal["raise", "leave_out"] = "raise",
+    quarantines: Iterable[ScopeOut] = (),
 ) -> list[Manifest]:
     """Build the manifest of every appliance.
 
@@ -255,6 +283,7 @@ def build_manifests(
         on_unservable: what an enabled rule without an executable runbook (or matching everything) leads to.
             `leave_out` keeps it out of every manifest, so that other rules can still be withdrawn; the caller
             then fails on `unservable_rules`.
+        quarantines: parts of the fleet that rules are kept from; an agent that does not say its release is `unknown`.
 
     Returns:
         One manifest per appliance, by appliance id.
@@ -275,21 +304,34 @@ def build_manifests(
     left_out = {rule_id for rule_id, _ in unservable}
     served = sorted((r for r in rules if r.enabled and r.rule_id not in left_out), key=rule_order)
     sites = {a.site_id for a in appliances}
-    reach = {r.rule_id: cohort(r.rule_id, r.rule_version, r.state, sites) for r in served}
+    reach = {r.rule_id: cohort(r.rule_id, r.rule_version, r.state, sites, r.rollout_step) for r in served}
+    kept_out = {(q.kind, q.value, q.rule_id): q.reason for q in quarantines}
 
     # Appliances with the same agent at sites with the same rules share one manifest, and each rule is put into
     # its form once per kind of agent: 10,000 appliances x 500 rules are 5 million pairs.
     scopes = {site: tuple(r for r in served if site in reach[r.rule_id]) for site in sites}
-    groups: dict[tuple[str, tuple[str, ...]], list[ApplianceRow]] = defaultdict(list)
-    scope_ids = {site: tuple(r.rule_id for r in scope) for site, scope in scopes.items()}
+    groups: dict[tuple[str, tuple[tuple[str, str | None], ...]], list[ApplianceRow]] = defaultdict(list)
+    scope_ids = {
+        site: tuple((r.rule_id, kept_out.get(("site", site, r.rule_id))) for r in scope)
+        for site, scope in scopes.items()
+    }
     for appliance in appliances:
         groups[_kind_of_agent(appliance), scope_ids[appliance.site_id]].append(appliance)
     offers: dict[str, dict[str, _Offer]] = {}
     manifests: list[Manifest] = []
     for (kind, _), members in groups.items():
         if kind not in offers:
-            offers[kind] = {r.rule_id: _offer(r, members[0], catalogue) for r in served}
-        scope = [offers[kind][r.rule_id] for r in scopes[members[0].site_id]]
+            release = members[0].agent_version or UNKNOWN_RELEASE
+            offers[kind] = {
+                r.rule_id: _offer(r, members[0], catalogue, kept_out.get(("agent_version", release, r.rule_id)))
+                for r in served
+            }
+        site = members[0].site_id
+        scope = [
+            offers[kind][r.rule_id] if reason is None else _withheld(r, reason)
+            for r in scopes[site]
+            for reason in (kept_out.get(("site", site, r.rule_id)),)
+        ]
         entries = tuple(o.content for o in scope if o.served)
         withheld = tuple(sorted((o.content for o in scope if not o.served), key=lambda w: str(w["rule_id"])))
         content = _hash_of_texts(o.text for o in scope if o.served)
@@ -316,19 +358,22 @@ class _Offer:
     text: str
 
 
-def _offer(rule: RuleRow, appliance: ApplianceRow, catalogue: Mapping[str, RunbookRow]) -> _Offer:
+def _withheld(rule: RuleRow, reason: str) -> _Offer:
+    content = {"rule_id": rule.rule_id, "version": rule.rule_version, "source": rule.source, "reason": reason}
+    return _Offer(False, content, canonical_json(content))
+
+
+def _offer(
+    rule: RuleRow, appliance: ApplianceRow, catalogue: Mapping[str, RunbookRow], kept_out: str | None = None
+) -> _Offer:
+    if kept_out is not None:
+        return _withheld(rule, kept_out)
     runbook_id, platform = str(rule.runbook_id), str(rule.platform)
     capability = served_action(runbook_id, platform, appliance.agent_version, appliance.capabilities)
-    if capability.ok:
-        content = _entry(rule, catalogue[runbook_id], platform, capability.action)
-    else:
-        content = {
-            "rule_id": rule.rule_id,
-            "version": rule.rule_version,
-            "source": rule.source,
-            "reason": capability.reason,
-        }
-    return _Offer(capability.ok, content, canonical_json(content))
+    if not capability.ok:
+        return _withheld(rule, str(capability.reason))
+    content = _entry(rule, catalogue[runbook_id], platform, capability.action)
+    return _Offer(True, content, canonical_json(content))
 
 
 def _entry(rule: RuleRow, runbook: RunbookRow, platform: str, action: str) -> dict[str, Any]:

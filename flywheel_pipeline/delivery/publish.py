@@ -26,6 +26,7 @@ from flywheel_pipeline.delivery.manifest import (
     canonical_json,
     unservable_rules,
 )
+from flywheel_pipeline.delivery.scopes import load_quarantines
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW
 
@@ -145,7 +146,7 @@ def load_rules(conn: sa.Connection) -> list[RuleRow]:
         sa.text(
             """
             SELECT r.rule_id, r.rule_version, r.incident_pattern, r.runbook_id, r.platform, r.source, r.state,
-                   r.enabled, r.content_hash,
+                   r.enabled, r.content_hash, r.rollout_step,
                    coalesce(s.successes + s.failures >= :at_least
                             AND s.success_rate < :below AND s.rated_rate < :below, false) AS failing
             FROM l1_rules r LEFT JOIN rule_scorecard s USING (rule_id)
@@ -194,7 +195,13 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
     conn.execute(_LOCK)
     clock = clock_of(conn, batch_id)
     rules, catalogue = load_rules(conn), load_catalogue(conn)
-    manifests = build_manifests(rules, load_appliances(conn, clock), catalogue, on_unservable="leave_out")
+    manifests = build_manifests(
+        rules,
+        load_appliances(conn, clock),
+        catalogue,
+        on_unservable="leave_out",
+        quarantines=load_quarantines(conn),
+    )
     groups, members = _share(manifests)
     written = conn.execute(
         sa.text(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections import Counter
+from typing import Any
+
 import sqlalchemy as sa
 
+from flywheel_pipeline.aggregates.last_match import last_matches
 from flywheel_pipeline.quality import Finding
+
+EXECUTED_WITHIN = dt.timedelta(days=3)
 
 _SERVED_BUT_NOT_ENABLED = """
 SELECT m.appliance_id, s.rule_id, coalesce(r.state, 'unknown') AS state, 'served although not in service' AS problem
@@ -78,4 +85,86 @@ def promoted_rules_are_received(connection: sa.Connection) -> Finding:
         offenders=len(rows),
         sample=[dict(row) for row in rows[:20]],
         figures={"rules_nobody_received": len(rows)},
+    )
+
+
+_IN_SERVICE = """
+WITH service AS (
+  SELECT rule_id, rule_version, min(occurred_at) AS since
+  FROM rule_events
+  WHERE flywheel_state_is_enabled(to_state)
+  GROUP BY rule_id, rule_version
+)
+SELECT r.rule_id, r.rule_version, v.since
+FROM l1_rules AS r
+JOIN service AS v ON v.rule_id = r.rule_id AND v.rule_version = r.rule_version
+WHERE r.enabled AND r.source = 'promoted' AND v.since <= :before
+ORDER BY v.since, r.rule_id
+"""
+_FURTHEST = ("acknowledged", "delivered", "queued", "promoted", "withheld")
+_STUCK = {
+    "acknowledged": "appliances run it, and its drift did not occur or its conditions do not match",
+    "delivered": "fetched and never acknowledged: look at the agents",
+    "queued": "commands wait: the appliances do not check in",
+    "promoted": "never queued, or its commands failed: publish again",
+    "withheld": "no agent can run it: update the agents",
+    "nobody": "no manifest holds it: rebuild the manifests",
+}
+
+
+def promoted_rules_are_executed(connection: sa.Connection, now: dt.datetime) -> Finding:
+    """Every promoted rule was executed somewhere within 3 days of entering service, or where its delivery stopped."""
+    rows = connection.execute(sa.text(_IN_SERVICE), {"before": now - EXECUTED_WITHIN}).all()
+    # Anywhere, on an appliance that the deployments know or not; only for the others is their delivery looked up.
+    last = last_matches(connection, [row.rule_id for row in rows])
+    never = [row for row in rows if row.rule_id not in last or last[row.rule_id] < row.since]
+    states: dict[tuple[str, int], Counter[str]] = {(row.rule_id, row.rule_version): Counter() for row in never}
+    if never:
+        for row in connection.execute(
+            sa.text(
+                "SELECT rule_id, rule_version, state, count(*) AS appliances FROM deployments "
+                "WHERE rule_id = ANY(:ids) GROUP BY rule_id, rule_version, state"
+            ),
+            {"ids": [row.rule_id for row in never]},
+        ):
+            if (row.rule_id, row.rule_version) in states:
+                states[row.rule_id, row.rule_version][row.state] += row.appliances
+    offenders: list[dict[str, Any]] = []
+    furthest: Counter[str] = Counter()
+    for row in never:
+        reached = states[row.rule_id, row.rule_version]
+        stage = next((state for state in _FURTHEST if reached[state]), "nobody")
+        furthest[stage] += 1
+        offenders.append(
+            {
+                "rule": row.rule_id,
+                "version": row.rule_version,
+                "in service since": row.since,
+                "furthest": stage,
+                "appliances": ", ".join(f"{reached[state]} {state}" for state in _FURTHEST if reached[state]) or "none",
+                "so": _STUCK[stage],
+            }
+        )
+    sentence = f"All {len(rows)} promoted rules in service for {EXECUTED_WITHIN.days} days were executed."
+    if not rows:
+        sentence = f"No promoted rule has been in service for {EXECUTED_WITHIN.days} days: nothing to judge."
+    if offenders:
+        first = offenders[0]
+        sentence = (
+            f"{len(offenders)} of {len(rows)} promoted rules were never executed: "
+            + ", ".join(f"{count} {stage}" for stage, count in furthest.most_common())
+            + f"; first {first['rule']}, in service since {first['in service since']:%Y-%m-%d}: {first['so']}."
+        )
+    return Finding(
+        passed=not offenders,
+        sentence=sentence,
+        observed=f"{len(offenders)} of {len(rows)} rules",
+        required=f"an execution within {EXECUTED_WITHIN.days} days of entering service",
+        offenders=len(offenders),
+        sample=offenders[:20],
+        figures={
+            "rules_judged": len(rows),
+            "never_executed": len(offenders),
+            **{f"stuck_{stage}": furthest[stage] for stage in (*_FURTHEST, "nobody")},
+        },
     )

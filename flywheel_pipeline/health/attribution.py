@@ -48,7 +48,7 @@ _FIRST_KEPT = 0xE000
 _KEPT = re.compile("[\ue000-\uf8ff]")
 
 # Words that carry digits, tell causes apart and name no host or person.
-_VERBATIM = re.compile(
+VERBATIM = re.compile(
     r"\b(?:RB|L1|L2|LIN|MAC|AUTO|ESC|UNASSIGNED)-[A-Z][A-Z0-9_-]*\b"  # rule and runbook ids
     r"|\b(?i:http[a-z /]{0,24}(?:error|status|code):? ?[1-5][0-9]{2})\b"  # 401 is not 500
     r"|\b[A-Za-z]+(?:Status|State|Code)=[0-9]{1,3}\b"  # ProtectionStatus=0
@@ -101,6 +101,14 @@ _MASKS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
             re.I,
         ),
         "user <account>",
+    ),
+    # People in plain words: a title before a name, and whose machine it is.
+    (re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.? [A-Z][\w'’-]*"), "<account>"),
+    (
+        re.compile(
+            r"\b[A-Z][\w-]*['’]s(?= (?:laptop|desktop|pc|computer|workstation|mac|macbook|imac|tablet)\b)", re.I
+        ),
+        "<account>",
     ),
     (re.compile(rf"(?:(?<=target not found: )|(?<=pin check for )|(?<=lookup )){_NAME}", re.I), "<host>"),
     (re.compile(r"(?<=\bhost )(?=[\w.-]*[0-9.]\w)[\w.-]*\w(?::[0-9]{1,5})?", re.I), "<host>"),
@@ -206,7 +214,7 @@ def _mask_forms(text: str) -> str:
         kept.append(match[0])
         return chr(_FIRST_KEPT + len(kept) - 1)
 
-    text = _VERBATIM.sub(keep, _LISTED.sub("[…]", text)[:4000])
+    text = VERBATIM.sub(keep, _LISTED.sub("[…]", text)[:4000])
     for pattern, replacement in _MASKS:
         text = pattern.sub(replacement, text)
     text = _KEPT.sub(lambda m: kept[ord(m[0]) - _FIRST_KEPT], text)
@@ -215,21 +223,33 @@ def _mask_forms(text: str) -> str:
     return text
 
 
+def masks(messages: Iterable[str | None], hosts: Iterable[str] = ()) -> dict[str | None, str]:
+    """The template of each distinct message, by message; `mask` for many at once."""
+    pattern = known_hosts(hosts)
+    return {message: _mask(message, pattern) for message in set(messages)}
+
+
 def error_templates(
-    failures: Iterable[tuple[str, str | None, str, int]], *, hosts: Iterable[str] = ()
+    failures: Iterable[tuple[str, str | None, str, int]],
+    *,
+    hosts: Iterable[str] = (),
+    merge: Callable[[Iterable[str]], Mapping[str, str]] | None = None,
 ) -> list[ErrorTemplate]:
     """Group failures by outcome class and template.
 
     Args:
         failures: (outcome class, error message, host name, executions), in any order and any grouping.
         hosts: further host names to mask; those of the failures are masked in any case.
+        merge: maps masked templates to those of their groups (`templates.merge`); None leaves them as they are.
 
     Returns:
         The templates, most executions first; ties by class and template. The shares add up to 1.
     """
     rows = list(failures)
-    pattern = known_hosts([*hosts, *(row[2] for row in rows)])
-    templates = {message: _mask(message, pattern) for message in {row[1] for row in rows}}
+    templates = masks((row[1] for row in rows), [*hosts, *(row[2] for row in rows)])
+    if merge is not None:
+        merged = merge(set(templates.values()))
+        templates = {message: merged[template] for message, template in templates.items()}
     counts: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[str]] = defaultdict(set)
     for outcome_class, message, host, executions in rows:

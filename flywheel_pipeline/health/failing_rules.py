@@ -20,6 +20,7 @@ from flywheel_pipeline.health.attribution import (
     percent,
     waterfall,
 )
+from flywheel_pipeline.health.templates import merge
 
 BELOW = 0.5  # fraction: a rule that heals fewer than half of what it matches does more harm than an escalation
 AT_LEAST = 20  # executions: below that a rate says little (20 of 20 has a 95 % lower bound of 83 %)
@@ -130,7 +131,7 @@ def failures_of(conn: sa.Connection, rule_ids: Iterable[str]) -> dict[str, list[
     by_rule: dict[str, list[tuple[str, str | None, str, int]]] = defaultdict(list)
     for rule_id, *failure in rows:
         by_rule[rule_id].append((failure[0], failure[1], failure[2], failure[3]))
-    return {rule_id: error_templates(failures) for rule_id, failures in by_rule.items()}
+    return {rule_id: error_templates(failures, merge=merge) for rule_id, failures in by_rule.items()}
 
 
 def outcome_counts(conn: sa.Connection, rule_ids: Iterable[str]) -> dict[str, dict[str, tuple[int, int]]]:

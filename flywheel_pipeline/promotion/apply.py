@@ -6,13 +6,17 @@ belong here: deciding. The padlock is not here either: the database refuses what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.database import tables
 from flywheel_pipeline.delivery.publish import write_manifests
+from flywheel_pipeline.errors import FlywheelError
+from flywheel_pipeline.health.cusum import evidence_of
 from flywheel_pipeline.promotion import certificate as certificates
 from flywheel_pipeline.promotion.decide import Decided, conditions_of, load_pattern_evidence, rule_of_pattern
 from flywheel_pipeline.promotion.gates import NOT_SERVED, Decision, decide_pattern, within_limit
@@ -55,7 +59,8 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
     rows = connection.execute(
         sa.text(
             "SELECT d.* FROM ("
-            "  SELECT DISTINCT ON (subject_id) decision_id, subject_id, verdict, reason, evidence ->> 'stage' AS stage "
+            "  SELECT DISTINCT ON (subject_id) decision_id, subject_id, verdict, reason, evidence ->> 'stage' AS stage, "
+            "  (evidence ->> 'step')::int AS step "
             "  FROM promotion_decisions WHERE confirmed_batch_id = :batch AND subject_kind = 'pattern' "
             "  ORDER BY subject_id, decision_id DESC"
             ") AS d WHERE d.verdict IN ('promote', 'advance') "
@@ -100,7 +105,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             held.append((key, "its evidence is gone since the decision"))
             continue
         decision = decide_pattern(evidence[key], policy)
-        if evidence[key].stage != row.stage:
+        if (evidence[key].stage, evidence[key].step) != (row.stage, row.step):
             held.append((key, f"its rule is {evidence[key].stage} since the decision, which was taken at {row.stage}"))
         elif decision.verdict not in ("promote", "advance") or decision.target_state is None:
             held.append((key, f"its evidence changed since the decision: {decision.reason}"))
@@ -151,7 +156,11 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
         step = RuleEvent(
             rule_id=rule_id,
             rule_version=version,
-            kind="promoted" if (state, decision.target_state) in _AT_ONCE else "advanced",
+            kind="promoted"
+            if (state, decision.target_state) in _AT_ONCE
+            else "widened"
+            if state == decision.target_state
+            else "advanced",
             from_state="proposed" if state == "none" else state,
             to_state=decision.target_state,
             definition=content,
@@ -162,6 +171,7 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
             run_id=batch.run_id,
             certificate=document,
             occurred_at=batch.as_of,
+            rollout_step=2 if state == decision.target_state else None,
         )
         events = [step]
         if state == "none":
@@ -187,44 +197,129 @@ def apply_promotions(connection: sa.Connection, batch: Batch) -> Applied:
 
 
 def apply_quarantines(connection: sa.Connection, batch: Batch, decided: Sequence[Decided]) -> Applied:
-    """Take the rules decided for quarantine out of service, and out of every manifest, in the caller's transaction.
+    """Take what was decided out of service, and out of every manifest it concerns, in the caller's transaction.
 
-    Needs no gate and heeds no freeze: those stop promotion, never demotion.
+    A rule leaves service as a whole, with every copy of it that is in service; or it leaves a site or a release of the
+    agent, and keeps its state elsewhere. Needs no gate and heeds no freeze and no pause: those stop promotion, never
+    demotion.
     """
     lock_promotion(connection)
     moved: list[tuple[str, str]] = []
     for item in decided:
-        if item.decision.verdict != "quarantine":
-            continue
-        rule = connection.execute(
-            sa.text(
-                "SELECT r.state, r.rule_version, e.definition FROM l1_rules AS r "
-                "JOIN rule_events AS e ON e.event_id = r.last_event_id WHERE r.rule_id = :id FOR UPDATE OF r"
-            ),
-            {"id": item.subject_id},
-        ).one()
-        if rule.state in ("quarantined", "retired"):
-            continue
-        append_events(
-            connection,
-            [
-                RuleEvent(
-                    rule_id=item.subject_id,
-                    rule_version=rule.rule_version,
-                    kind="quarantined",
-                    from_state=rule.state,
-                    to_state="quarantined",
-                    definition=rule.definition,
+        if item.decision.verdict == "quarantine_scope":
+            for scope in item.alarms:
+                quarantine_scope(
+                    connection,
+                    item.subject_id,
+                    scope.kind,
+                    scope.value,
                     actor=ACTOR,
-                    reason=item.decision.reason,
+                    reason=scope.sentence,
+                    evidence=evidence_of(scope, batch.policy_hash),
+                    policy_hash=batch.policy_hash,
                     decision_id=item.decision_id,
-                    batch_id=batch.batch_id,
-                    run_id=batch.run_id,
-                    occurred_at=batch.as_of,
+                    batch=batch,
                 )
-            ],
-        )
-        moved.append((item.subject_id, "quarantined"))
+                moved.append((item.subject_id, f"quarantined at {scope.kind.replace('_', ' ')} {scope.value}"))
+        if item.decision.verdict == "quarantine":
+            rules = quarantine_with_copies(
+                connection,
+                item.subject_id,
+                actor=ACTOR,
+                reason=item.decision.reason,
+                batch=batch,
+                decision_id=item.decision_id,
+            )
+            moved += [(rule_id, "quarantined") for rule_id in rules]
     if moved:
         write_manifests(connection, batch.batch_id)
     return Applied(tuple(moved), ())
+
+
+def quarantine_scope(
+    connection: sa.Connection,
+    rule_id: str,
+    kind: str,
+    value: str,
+    *,
+    actor: str,
+    reason: str,
+    batch: Batch,
+    evidence: Mapping[str, Any] | None = None,
+    policy_hash: str | None = None,
+    decision_id: int | None = None,
+    lift: bool = False,
+) -> None:
+    """Append one quarantine of a scope, or its lift, for the rule's present version; manifests are the caller's.
+
+    Raises:
+        FlywheelError: there is no such rule.
+        sqlalchemy.exc.DBAPIError: the database refuses it: quarantined already, not quarantined, unsigned, retired.
+    """
+    version = connection.execute(
+        sa.text("SELECT rule_version FROM l1_rules WHERE rule_id = :id FOR UPDATE"), {"id": rule_id}
+    ).scalar_one_or_none()
+    if version is None:
+        raise FlywheelError(f"There is no rule {rule_id}.", hint="`flywheel status` lists the rules.")
+    connection.execute(
+        sa.insert(tables.scope_quarantines).values(
+            rule_id=rule_id,
+            rule_version=version,
+            kind="lifted" if lift else "quarantined",
+            scope_kind=kind,
+            scope_value=value,
+            actor=actor,
+            reason=reason,
+            evidence=dict(evidence or {}),
+            policy_hash=policy_hash,
+            decision_id=decision_id,
+            batch_id=batch.batch_id,
+            run_id=batch.run_id,
+            occurred_at=batch.now,
+        )
+    )
+
+
+def quarantine_with_copies(
+    connection: sa.Connection, rule_id: str, *, actor: str, reason: str, batch: Batch, decision_id: int | None = None
+) -> list[str]:
+    """Quarantine a rule and every copy of it in service; return their ids, nothing if it is out of service already.
+
+    A copy was promoted or imported with the same pattern, or has the same content. Built-in rules are nobody's copy.
+    """
+    rule = connection.execute(
+        sa.text("SELECT state, pattern_key, content_hash FROM l1_rules WHERE rule_id = :id"), {"id": rule_id}
+    ).one()
+    if rule.state in ("quarantined", "retired"):
+        return []
+    rows = connection.execute(
+        sa.text(
+            "SELECT r.rule_id, r.state, r.rule_version, e.definition FROM l1_rules AS r "
+            "JOIN rule_events AS e ON e.event_id = r.last_event_id "
+            "WHERE r.rule_id = :id OR (r.source <> 'builtin' AND r.state NOT IN ('quarantined', 'retired') "
+            "  AND (r.pattern_key = :pattern OR r.content_hash = :content)) "
+            "ORDER BY r.rule_id <> :id, r.rule_id FOR UPDATE OF r"
+        ),
+        {"id": rule_id, "pattern": rule.pattern_key, "content": rule.content_hash},
+    ).all()
+    append_events(
+        connection,
+        [
+            RuleEvent(
+                rule_id=row.rule_id,
+                rule_version=row.rule_version,
+                kind="quarantined",
+                from_state=row.state,
+                to_state="quarantined",
+                definition=row.definition,
+                actor=actor,
+                reason=reason if row.rule_id == rule_id else f"It is a copy of {rule_id}: {reason}",
+                decision_id=decision_id,
+                batch_id=batch.batch_id,
+                run_id=batch.run_id,
+                occurred_at=batch.as_of,
+            )
+            for row in rows
+        ],
+    )
+    return [row.rule_id for row in rows]

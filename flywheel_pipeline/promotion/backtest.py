@@ -170,12 +170,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Move:
-    """One step a policy would have taken: when, to which state, on how many counted episodes, and why."""
+    """One step a policy would have taken: when, to which state and step in it, on how many counted episodes, and why."""
 
     at: float
     to_state: str
     episodes: int
     reason: str
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,8 @@ def replay_history(
     """Replay history through a policy as of each past look, stage by stage, and return what it would have done.
 
     At each look only what was known then counts: executions that began, episodes that had settled. A shadow rule
-    would have fired at each episode since it entered shadow. Rules not yet served beyond the policy's limit wait for
-    the next look. A rule takes one step at a look, as in service.
+    would have fired at each episode since it entered shadow; from the canary on L2's later episodes stand for its own.
+    Rules not yet served beyond the policy's limit wait for the next look. A rule takes one step at a look, as in service.
 
     Args:
         candidates: patterns with their logs.
@@ -228,6 +229,8 @@ def replay_history(
         looks = sorted(moments)
     tallies = [_Tally(c.log, policy) for c in candidates]
     stages = ["none"] * len(candidates)
+    steps: list[int | None] = [None] * len(candidates)
+    canary_since: list[float | None] = [None] * len(candidates)
     entered = [0.0] * len(candidates)
     parked = [False] * len(candidates)
     moves: list[list[Move]] = [[] for _ in candidates]
@@ -238,7 +241,9 @@ def replay_history(
         due: list[tuple[str, int]] = []
         for i, candidate in enumerate(candidates):
             tallies[i].advance(now, settle_days)
-            present = replace(_as_of(candidate, tallies[i], stages[i], entered[i], now), parked=parked[i])
+            present = _as_of(candidate, tallies[i], stages[i], entered[i], now)
+            own = _own_since(candidate.log, tallies[i].settled, canary_since[i])
+            present = replace(present, parked=parked[i], step=steps[i], own_successes=own[0], own_failures=own[1])
             last[i] = decide_pattern(present, policy)
             parked[i] = parked[i] or last[i].verdict == "expired"
             if last[i].target_state is not None and stages[i] in NOT_SERVED:
@@ -247,10 +252,22 @@ def replay_history(
         for i, decision in enumerate(last):
             if decision.target_state is None or (stages[i] in NOT_SERVED and f"{i:09d}" not in allowed):
                 continue
+            if decision.target_state == "canary" and canary_since[i] is None:
+                canary_since[i] = now
+            stepped = policy.rollout is not None and decision.target_state in ("canary", "ring")
+            steps[i] = (2 if stages[i] == decision.target_state else 1) if stepped else None
             stages[i], entered[i] = decision.target_state, now
             counted = sum(s.successes + s.failures for s in tallies[i].sites())
-            moves[i].append(Move(now, decision.target_state, counted, decision.reason))
+            moves[i].append(Move(now, decision.target_state, counted, decision.reason, steps[i]))
     return [_result(c, policy, tuple(m), d) for c, m, d in zip(candidates, moves, last, strict=True)]
+
+
+def _own_since(log: EpisodeLog, settled: int, since: float | None) -> tuple[int, int]:
+    """Return (successes, failures) of the settled rated episodes since the canary: L2's stand for the rule's own."""
+    if since is None:
+        return 0, 0
+    outcomes = log.succeeded[bisect_left(log.at, since) : settled]
+    return outcomes.count(True), outcomes.count(False)
 
 
 def _as_of(candidate: Candidate, tally: _Tally, stage: str, entered: float, now: float) -> PatternEvidence:
@@ -265,6 +282,7 @@ def _as_of(candidate: Candidate, tally: _Tally, stage: str, entered: float, now:
         sites=tally.sites(),
         would_fires=since,
         shadow_days=now - entered if stage == "shadow" else 0.0,
+        step_days=now - entered if stage in ("canary", "ring") else 0.0,
         days_observed=now - log.at[0] if tally.reported else None,
     )
 
@@ -363,6 +381,10 @@ def ideal_facts() -> PatternEvidence:
         approvers=("simulated",),
         rejected_by=None,
         checks_green=True,
+        step=2,
+        step_days=10.0**6,
+        own_successes=10**6,
+        served_sites=10**6,
     )
 
 

@@ -22,7 +22,7 @@ from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.promotion.gates import Decision, PatternEvidence, SiteEvidence, decide_pattern
 from flywheel_pipeline.promotion.ledger import content_hash
 from flywheel_pipeline.promotion.plain import plain
-from flywheel_pipeline.promotion.policy import Policy, canonical
+from flywheel_pipeline.promotion.policy import Policy, canonical, document_hash
 
 FORMAT = "flywheel-certificate/1"
 
@@ -97,7 +97,7 @@ def verify(document: Mapping[str, Any] | bytes | str) -> list[str]:
         if _hash(document) != document["certificate_hash"]:
             problems.append("its own hash does not fit: something in it was changed")
         policy = Policy.model_validate(document["policy"])
-        if policy.policy_hash != document["policy_hash"]:
+        if document_hash(document["policy"]) != document["policy_hash"]:
             problems.append("the policy does not have the hash it claims")
         if content_hash(document["definition"]) != document["content_hash"]:
             problems.append("the rule's definition does not have the hash it claims")

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -20,6 +20,10 @@ from flywheel_pipeline.aggregates.batches import Batch
 from flywheel_pipeline.candidates.keys import rule_id_of_pattern
 from flywheel_pipeline.database import tables
 from flywheel_pipeline.delivery.capability import served_action
+from flywheel_pipeline.delivery.manifest import cohort
+from flywheel_pipeline.delivery.publish import load_appliances
+from flywheel_pipeline.health.cusum import ScopeAlarm
+from flywheel_pipeline.health.demotion import advance_checkpoints, attribute_rules, load_scopes
 from flywheel_pipeline.promotion.gates import (
     Decision,
     PatternEvidence,
@@ -29,22 +33,25 @@ from flywheel_pipeline.promotion.gates import (
     decide_rule,
     is_healthy,
 )
+from flywheel_pipeline.promotion.ledger import ENABLED_STATES
 from flywheel_pipeline.promotion.plain import plain
 from flywheel_pipeline.promotion.policy import Policy, load_policy
 
 RECURRENCE = dt.timedelta(hours=24)
+SCOPES_ON_RECORD = 12
 EARLY_GATES = ("telemetry_contract", "telemetry_freshness", "counters_equal_recount")
 
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision as stored: `changed` tells a new row from a confirmed one."""
+    """A decision as stored: `changed` tells a new row from a confirmed one; `alarms`: scopes that leave service."""
 
     decision_id: int
     subject_kind: Literal["pattern", "rule"]
     subject_id: str
     changed: bool
     decision: Decision
+    alarms: tuple[ScopeAlarm, ...] = ()
 
 
 def conditions_of(incident_type: str) -> dict[str, str]:
@@ -70,17 +77,18 @@ def incident_types(incident_pattern: Any) -> set[str]:
 # The one rule that stands for a pattern, where several were imported or re-admitted with its key: the one that is
 # furthest in service, then one out of service. A retired one still stands: its id is taken for ever.
 RULE_OF_PATTERN = """
-SELECT DISTINCT ON (pattern_key) pattern_key, rule_id, state, state_at, rule_version
+SELECT DISTINCT ON (pattern_key) pattern_key, rule_id, state, state_at, rule_version, rollout_step
 FROM l1_rules WHERE source = 'promoted' AND pattern_key = ANY(:keys)
 ORDER BY pattern_key,
   array_position(ARRAY['fleet', 'ring', 'canary', 'shadow', 'proposed', 'quarantined', 'retired'], state::text), rule_id
 """
 
-# Before the canary, the settled episodes of L2; from the canary on, those of the rule's own version. The first ones by
-# event time count, so that evidence cannot be picked; a re-admission begins with fresh evidence.
-_SITE_EVIDENCE = sa.text(
-    f"""
-    WITH standing AS ({RULE_OF_PATTERN}),
+# Before the canary, the settled episodes of L2; from the canary on, those of the rule's own version, and beside them,
+# for the keys in :beside, those of L2 from before the canary at sites that the rule does not run at (:served names those
+# it does). The first ones by event time count, so that evidence cannot be picked; a re-admission begins with fresh
+# evidence.
+_STAGED = f"""
+    standing AS ({RULE_OF_PATTERN}),
     staged AS (
       SELECT r.rule_id, r.pattern_key, v.occurred_at AS since FROM standing AS r
       JOIN LATERAL (
@@ -89,22 +97,36 @@ _SITE_EVIDENCE = sa.text(
       ) AS v ON true
       WHERE r.state IN ('canary', 'ring')
     ),
-    rated AS (
-      SELECT e.pattern_key, e.site_id, e.day, e.hostname, e.succeeded, e.first_at, e.nth_of_host
-      FROM pattern_evidence AS e
-      WHERE e.pattern_key = ANY(:keys) AND e.last_at <= :settled_before
-        AND NOT EXISTS (SELECT 1 FROM staged AS s WHERE s.pattern_key = e.pattern_key)
-        AND e.first_at >= coalesce((
-              SELECT max(v.occurred_at) FROM rule_events AS v
-              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
-      UNION ALL
-      SELECT s.pattern_key, e.site_id, e.day, e.hostname, e.outcome = 'success', e.first_at,
-             row_number() OVER (PARTITION BY s.pattern_key, e.site_id, e.hostname ORDER BY e.first_at, e.day)
+    own AS (
+      SELECT s.pattern_key, e.site_id, e.day, e.hostname, e.outcome = 'success' AS succeeded, e.first_at,
+             row_number() OVER (PARTITION BY s.pattern_key, e.site_id, e.hostname ORDER BY e.first_at, e.day) AS nth_of_host
       FROM staged AS s
       JOIN episodes AS e ON e.level = 'L1' AND e.rule_id = s.rule_id AND e.first_at >= s.since
       WHERE e.outcome <> 'unrated' AND e.last_at <= :settled_before
     )
-    SELECT pattern_key, site_id,
+"""  # noqa: S608 (a constant)
+_SITE_EVIDENCE = sa.text(
+    f"""
+    WITH {_STAGED},
+    served AS (
+      SELECT * FROM jsonb_to_recordset(CAST(:served AS jsonb)) AS v (pattern_key text, site_id text)
+      UNION SELECT pattern_key, site_id FROM own
+    ),
+    rated AS (
+      SELECT e.pattern_key, e.site_id, e.day, e.hostname, e.succeeded, e.first_at, e.nth_of_host, 'L2' AS level
+      FROM pattern_evidence AS e
+      LEFT JOIN staged AS s ON s.pattern_key = e.pattern_key
+      WHERE e.pattern_key = ANY(:keys) AND e.last_at <= :settled_before
+        AND (s.pattern_key IS NULL
+             OR (s.pattern_key = ANY(:beside) AND e.first_at < s.since AND NOT EXISTS (
+                   SELECT 1 FROM served AS v WHERE v.pattern_key = e.pattern_key AND v.site_id = e.site_id)))
+        AND e.first_at >= coalesce((
+              SELECT max(v.occurred_at) FROM rule_events AS v
+              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
+      UNION ALL
+      SELECT own.*, 'L1' FROM own
+    )
+    SELECT pattern_key, site_id, level,
            count(*) FILTER (WHERE succeeded) AS successes,
            count(*) FILTER (WHERE NOT succeeded) AS failures,
            count(DISTINCT hostname) AS hosts
@@ -113,10 +135,30 @@ _SITE_EVIDENCE = sa.text(
       FROM rated AS r WHERE nth_of_host <= :host_cap
     ) AS capped
     WHERE nth_of_site <= :site_cap
-    GROUP BY pattern_key, site_id
+    GROUP BY pattern_key, site_id, level
     ORDER BY pattern_key, site_id
     """  # noqa: S608 (a constant)
 )
+_OWN_EVIDENCE = sa.text(
+    f"""
+    WITH {_STAGED}
+    SELECT pattern_key, count(*) FILTER (WHERE succeeded) AS successes, count(*) FILTER (WHERE NOT succeeded) AS failures
+    FROM own GROUP BY pattern_key
+    """  # noqa: S608 (a constant)
+)
+
+
+def _served_sites(connection: sa.Connection, keys: Sequence[str], now: dt.datetime) -> dict[str, frozenset[str]]:
+    """Return by pattern, for rules in canary or ring, the sites they are delivered to."""
+    rules = connection.execute(sa.text(RULE_OF_PATTERN), {"keys": list(keys)}).all()
+    staged = [rule for rule in rules if rule.state in ("canary", "ring")]
+    if not staged:
+        return {}
+    sites = {appliance.site_id for appliance in load_appliances(connection, now)}
+    return {
+        rule.pattern_key: cohort(rule.rule_id, rule.rule_version, rule.state, sites, rule.rollout_step)
+        for rule in staged
+    }
 
 
 def load_pattern_evidence(
@@ -126,7 +168,8 @@ def load_pattern_evidence(
     candidates = connection.execute(
         sa.text(
             f"WITH standing AS ({RULE_OF_PATTERN.replace('= ANY(:keys)', 'IS NOT NULL')}) "  # noqa: S608 (a constant)
-            "SELECT c.*, r.state AS rule_state, r.state_at AS rule_state_at, r.rule_version, "
+            "SELECT c.*, r.rule_id AS standing_rule, r.state AS rule_state, r.state_at AS rule_state_at, r.rule_version, "
+            "r.rollout_step, "
             "CASE WHEN r.state = 'shadow' THEN ("
             "  SELECT count(*) FROM episodes AS e WHERE e.level <> 'L1' AND e.incident_type = c.incident_type "
             "  AND e.platform = c.platform AND e.executions > 0 AND e.first_at >= r.state_at) ELSE 0 END AS would_fires, "
@@ -147,6 +190,15 @@ def load_pattern_evidence(
         {"keys": None if keys is None else list(keys)},
     ).all()
     rows = {row.pattern_key: row for row in candidates}
+    served = _served_sites(connection, list(rows), batch.now)
+    few = [
+        key for key, reached in served.items() if policy.rollout is not None and len(reached) < policy.rollout.own_sites
+    ]
+    settled_before = batch.now - RECURRENCE
+    own = {
+        row.pattern_key: row
+        for row in connection.execute(_OWN_EVIDENCE, {"keys": list(rows), "settled_before": settled_before})
+    }
     sites: dict[str, list[SiteEvidence]] = defaultdict(list)
     for row in connection.execute(
         _SITE_EVIDENCE,
@@ -154,10 +206,14 @@ def load_pattern_evidence(
             "keys": list(rows),
             "host_cap": policy.evidence.episodes_per_host,
             "site_cap": policy.evidence.episodes_per_site,
-            "settled_before": batch.now - RECURRENCE,
+            "settled_before": settled_before,
+            "beside": few,
+            "served": json.dumps(
+                [{"pattern_key": key, "site_id": site} for key in few for site in sorted(served[key])]
+            ),
         },
     ):
-        sites[row.pattern_key].append(SiteEvidence(row.site_id, row.successes, row.failures, row.hosts))
+        sites[row.pattern_key].append(SiteEvidence(row.site_id, row.successes, row.failures, row.hosts, row.level))
     active = connection.execute(
         sa.text("SELECT site_id, agent_version, capabilities FROM appliances WHERE status <> 'retired'")
     ).all()
@@ -184,6 +240,16 @@ def load_pattern_evidence(
                 "WHERE kind = 'readmitted' AND definition ->> 'pattern_key' IS NOT NULL GROUP BY 1"
             )
         )
+    }
+    paused = {
+        row.subject_id: row.actor
+        for row in connection.execute(
+            sa.text(
+                "SELECT DISTINCT ON (subject_id) subject_id, act, actor FROM human_acts "
+                "WHERE subject_kind = 'rule' AND act IN ('pause', 'resume') ORDER BY subject_id, act_id DESC"
+            )
+        )
+        if row.act == "pause"
     }
     # Once expired, a pattern stays parked at its stage and attempt until somebody approves it after that.
     parked = {
@@ -263,6 +329,14 @@ def load_pattern_evidence(
                 first_at=row.first_at.isoformat() if row.first_at else None,
                 last_at=row.last_at.isoformat() if row.last_at else None,
                 parked=(key, stage, attempt) in parked,
+                step=row.rollout_step,
+                step_days=max((batch.now - row.rule_state_at).total_seconds() / 86400, 0.0)
+                if stage in ("canary", "ring")
+                else 0.0,
+                own_successes=own[key].successes if key in own else 0,
+                own_failures=own[key].failures if key in own else 0,
+                served_sites=len(served.get(key, ())),
+                paused_by=paused.get(row.standing_rule),
             )
         )
     return evidence
@@ -279,8 +353,14 @@ def _approvers(acts: Sequence[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None = None) -> list[RuleEvidence]:
-    """Return the evidence of every rule in service (or of `rule_ids`), as the gates ask for it, in order of id."""
+def load_rule_evidence(
+    connection: sa.Connection, rule_ids: Sequence[str] | None = None, policy: Policy | None = None
+) -> list[RuleEvidence]:
+    """Return the evidence of every rule in service (or of `rule_ids`), as the gates ask for it, in order of id.
+
+    With a policy, rated episodes of promoted rules are those of their version outside quarantined scopes, and CUSUM
+    and alarms are filled in; else they are those of all time.
+    """
     rows = connection.execute(
         sa.text(
             "SELECT s.*, r.incident_pattern, flywheel_runbook_problem(r.runbook_id, r.platform) AS runbook_problem "
@@ -290,7 +370,7 @@ def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None
         ),
         {"ids": None if rule_ids is None else list(rule_ids)},
     ).all()
-    return [
+    found = [
         RuleEvidence(
             rule_id=row.rule_id,
             rule_version=row.rule_version,
@@ -308,6 +388,40 @@ def load_rule_evidence(connection: sa.Connection, rule_ids: Sequence[str] | None
         )
         for row in rows
     ]
+    return found if policy is None else _with_scopes(connection, found, policy)
+
+
+def _with_scopes(connection: sa.Connection, rules: list[RuleEvidence], policy: Policy) -> list[RuleEvidence]:
+    watched = [
+        rule.rule_id
+        for rule in rules
+        if rule.state in ENABLED_STATES and not (rule.source == "builtin" and policy.demotion.spare_builtin)
+    ]
+    c = policy.demotion.cusum
+    # Built-in rules that the policy spares have most of the volume; nothing would come of their CUSUM.
+    scopes = load_scopes(connection, policy, watched) if watched else {}
+    alarmed = [rule_id for rule_id in watched if any(s.w_peak >= c.quarantine_at for s in scopes.get(rule_id, ()))]
+    attributed = attribute_rules(connection, alarmed, c)
+    present = []
+    for rule in rules:
+        figures = scopes.get(rule.rule_id, ())
+        fleet = next((s for s in figures if s.kind == "fleet"), None)
+        if rule.rule_id in watched:
+            alarm = attributed.get(rule.rule_id)
+            out = alarm.scopes if alarm else ()
+            rule = replace(
+                rule,
+                rated_successes=fleet.episodes - fleet.failures if fleet else 0,
+                rated_failures=fleet.failures if fleet else 0,
+                scopes=figures,
+                alarms=out,
+                fleet_alarm=alarm.fleet if alarm else None,
+            )
+        elif rule.state in ("proposed", "shadow"):
+            # No machine runs this version yet: what a version before it did speaks of other content.
+            rule = replace(rule, rated_successes=0, rated_failures=0)
+        present.append(rule)
+    return present
 
 
 def decision_hash(decision: Decision, policy: Policy) -> str:
@@ -348,10 +462,11 @@ def _store(
         digest = decision_hash(decision, policy)
         before = latest.get(subject_id)
         # An actionable decision is always a row of its own batch: its evidence is what the certificate speaks of.
-        fresh = before is None or before.decision_hash != digest or decision.verdict in ("promote", "advance")
+        acts = decision.verdict in ("promote", "advance", "quarantine_scope")
+        fresh = before is None or before.decision_hash != digest or acts
         if before is not None and not fresh:
             confirmed.append(before.decision_id)
-            stored.append(Decided(before.decision_id, subject_kind, subject_id, False, decision))
+            stored.append(Decided(before.decision_id, subject_kind, subject_id, False, decision, _alarms(evidence)))
             continue
         decision_id = connection.execute(
             sa.insert(tables.promotion_decisions)
@@ -371,13 +486,17 @@ def _store(
             )
             .returning(tables.promotion_decisions.c.decision_id)
         ).scalar_one()
-        stored.append(Decided(decision_id, subject_kind, subject_id, True, decision))
+        stored.append(Decided(decision_id, subject_kind, subject_id, True, decision, _alarms(evidence)))
     if confirmed:
         connection.execute(
             sa.text("UPDATE promotion_decisions SET confirmed_batch_id = :batch WHERE decision_id = ANY(:ids)"),
             {"batch": batch.batch_id, "ids": confirmed},
         )
     return stored
+
+
+def _alarms(evidence: Any) -> tuple[ScopeAlarm, ...]:
+    return evidence.alarms if isinstance(evidence, RuleEvidence) else ()
 
 
 def decide_patterns(connection: sa.Connection, batch: Batch) -> list[Decided]:
@@ -397,8 +516,10 @@ def decide_rules(connection: sa.Connection, batch: Batch) -> list[Decided]:
     """Decide for every rule in service whether it stays, under the batch's policy; store and return the decisions."""
     policy = load_policy(batch.policy_name)
     decisions = [
-        (evidence.rule_id, decide_rule(evidence, policy), evidence) for evidence in load_rule_evidence(connection)
+        (evidence.rule_id, decide_rule(evidence, policy), replace(evidence, scopes=evidence.scopes[:SCOPES_ON_RECORD]))
+        for evidence in load_rule_evidence(connection, policy=policy)
     ]
+    advance_checkpoints(connection, policy, batch.now)
     return _store(connection, batch, policy, "rule", decisions)
 
 

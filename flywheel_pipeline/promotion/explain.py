@@ -11,7 +11,9 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import Batch, policy_in_force
 from flywheel_pipeline.errors import FlywheelError
+from flywheel_pipeline.health.demotion import load_scopes
 from flywheel_pipeline.health.failing_rules import failures_of
+from flywheel_pipeline.health.stored import kept_attributions
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.decide import load_pattern_evidence, load_rule_evidence
 from flywheel_pipeline.promotion.gates import Decision, decide_pattern, decide_rule, is_high_risk
@@ -65,42 +67,49 @@ def explain(engine: sa.Engine, subject: str) -> dict[str, Any]:
 
     Returns:
         JSON types: subject_id, subject_kind, policy, state, summary, decision {verdict, reason}, gates in order,
-        ladder, evidence, events of the ledger, decisions on record, failures by error template, pattern or rule of it.
+        ladder, evidence, events of the ledger, decisions on record, failures by error template; of a rule also why it fails
+        as last attributed (`flywheel why` computes it anew), cusum (W by scope, highest first), quarantined_scopes and
+        rollout {step, since, served_sites, paused_by}.
 
     Raises:
         FlywheelError: there is no such rule or pattern.
     """
     with engine.connect() as connection:
-        batch = current_batch(connection)
-        policy = load_policy(batch.policy_name)
-        rule = (
-            connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})
-            .mappings()
-            .one_or_none()
+        return explain_in(connection, subject)
+
+
+def explain_in(connection: sa.Connection, subject: str) -> dict[str, Any]:
+    """Explain as `explain` does, in the caller's transaction: a report says all of one moment."""
+    batch = current_batch(connection)
+    policy = load_policy(batch.policy_name)
+    rule = (
+        connection.execute(sa.text("SELECT * FROM l1_rules WHERE rule_id = :s"), {"s": subject})
+        .mappings()
+        .one_or_none()
+    )
+    if rule is not None:
+        return _rule(connection, policy, dict(rule))
+    pattern = (
+        connection.execute(
+            sa.text(
+                "SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"
+            ),
+            {"s": subject},
         )
-        if rule is not None:
-            return _rule(connection, policy, dict(rule))
-        pattern = (
-            connection.execute(
-                sa.text(
-                    "SELECT * FROM patterns WHERE pattern_key = :s OR pattern_id = :s OR pattern_signature = :s LIMIT 1"
-                ),
-                {"s": subject},
+        .mappings()
+        .one_or_none()
+    )
+    if pattern is None:
+        unresolved = connection.execute(
+            sa.text("SELECT executions FROM unresolved_rule_ids WHERE rule_id = :s"), {"s": subject}
+        ).one_or_none()
+        if unresolved is not None:
+            raise FlywheelError(
+                f"{subject} stands in {unresolved.executions} executions and in no registry.",
+                hint="If it is another name of a known rule: flywheel aliases add-rule.",
             )
-            .mappings()
-            .one_or_none()
-        )
-        if pattern is None:
-            unresolved = connection.execute(
-                sa.text("SELECT executions FROM unresolved_rule_ids WHERE rule_id = :s"), {"s": subject}
-            ).one_or_none()
-            if unresolved is not None:
-                raise FlywheelError(
-                    f"{subject} stands in {unresolved.executions} executions and in no registry.",
-                    hint="If it is another name of a known rule: flywheel aliases add-rule.",
-                )
-            raise FlywheelError(f"There is no rule or pattern {subject}.", hint="`flywheel status` lists them.")
-        return _pattern(connection, batch, policy, dict(pattern))
+        raise FlywheelError(f"There is no rule or pattern {subject}.", hint="`flywheel status` lists them.")
+    return _pattern(connection, batch, policy, dict(pattern))
 
 
 def _events(connection: sa.Connection, rule_id: str | None) -> list[dict[str, Any]]:
@@ -144,6 +153,10 @@ def _document(policy: Policy, kind: str, subject: str, state: str, summary: str,
         "events": [],
         "decisions": [],
         "failures": [],
+        "why": None,
+        "cusum": [],
+        "quarantined_scopes": [],
+        "rollout": None,
     }
     return {**document, **more}
 
@@ -153,7 +166,7 @@ def _said(decision: Decision) -> dict[str, Any]:
 
 
 def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> dict[str, Any]:
-    evidence = load_rule_evidence(connection, [rule["rule_id"]])[0]
+    evidence = load_rule_evidence(connection, [rule["rule_id"]], policy)[0]
     decision = decide_rule(evidence, policy)
     rate = (
         "no matches yet"
@@ -166,6 +179,15 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         summary = f"In service ({rule['state']}), runs {rule['runbook_id']}; {rate}. It was brought there by {rule['state_actor']}: {rule['state_reason']}"
     else:
         summary = f"{rule['state'].capitalize()}, not in service; {rate}. {rule['state_actor']}: {rule['state_reason']}"
+    kept_from = _quarantined_scopes(connection, rule["rule_id"])
+    if kept_from:
+        named = ", ".join(q["scope_value"] for q in kept_from[:5]) + (" …" if len(kept_from) > 5 else "")
+        summary += (
+            f" It is quarantined in {len(kept_from)} part{'s' if len(kept_from) > 1 else ''} of the fleet: {named}."
+        )
+    rollout = _rollout(connection, rule)
+    if rollout is not None and rollout["paused_by"]:
+        summary += f" Its rollout is paused by {rollout['paused_by']}."
     runbook = connection.execute(
         sa.text("SELECT is_disruptive, category FROM runbooks WHERE runbook_id = :id"), {"id": rule["runbook_id"]}
     ).one_or_none()
@@ -192,7 +214,62 @@ def _rule(connection: sa.Connection, policy: Policy, rule: dict[str, Any]) -> di
         events=_events(connection, rule["rule_id"]),
         decisions=_decisions(connection, "rule", rule["rule_id"]),
         failures=[{"template": c.template, "count": c.count, "outcome_class": c.outcome_class} for c in causes[:10]],
+        why=_why(connection, rule["rule_id"]),
+        cusum=[
+            {"scope": s.kind, "value": s.value, "episodes": s.episodes, "failures": s.failures, "w": s.w}
+            for s in (evidence.scopes or load_scopes(connection, policy, [rule["rule_id"]]).get(rule["rule_id"], ()))
+        ],
+        quarantined_scopes=kept_from,
+        rollout=rollout,
     )
+
+
+def _quarantined_scopes(connection: sa.Connection, rule_id: str) -> list[dict[str, Any]]:
+    return [
+        dict(row)
+        for row in connection.execute(
+            sa.text(
+                "SELECT scope_kind, scope_value, origin_rule_id, actor, reason, evidence, "
+                "to_char(since AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') AS at "
+                "FROM quarantined_scopes WHERE rule_id = :id ORDER BY scope_kind, scope_value"
+            ),
+            {"id": rule_id},
+        ).mappings()
+    ]
+
+
+def _rollout(connection: sa.Connection, rule: dict[str, Any]) -> dict[str, Any] | None:
+    """Where a rule in canary or ring stands; None of any other."""
+    if rule["state"] not in ("canary", "ring"):
+        return None
+    paused = connection.execute(
+        sa.text(
+            "SELECT act, actor FROM human_acts WHERE subject_kind = 'rule' AND subject_id = :id "
+            "AND act IN ('pause', 'resume') ORDER BY act_id DESC LIMIT 1"
+        ),
+        {"id": rule["rule_id"]},
+    ).one_or_none()
+    served = connection.execute(
+        sa.text(
+            "SELECT count(DISTINCT site_id) FROM rule_manifests "
+            "WHERE rules @> jsonb_build_array(jsonb_build_object('id', CAST(:id AS text)))"
+        ),
+        {"id": rule["rule_id"]},
+    ).scalar_one()
+    return {
+        "step": rule["rollout_step"],
+        "since": rule["state_at"].isoformat() if rule["state_at"] else None,
+        "served_sites": served,
+        "paused_by": paused.actor if paused is not None and paused.act == "pause" else None,
+    }
+
+
+def _why(connection: sa.Connection, rule_id: str) -> dict[str, Any] | None:
+    """The kept attribution of a failing rule; None where it does not fail, or no run has seen it fail yet."""
+    kept = kept_attributions(connection, [rule_id]).get(rule_id)
+    if kept is None:
+        return None
+    return {"as_of": kept.computed_at.isoformat(), "sentence": kept.sentence, **kept.result}
 
 
 def _pattern(connection: sa.Connection, batch: Batch, policy: Policy, pattern: dict[str, Any]) -> dict[str, Any]:

@@ -8,18 +8,20 @@ is not known is inconclusive, and the inconclusive holds: nothing fails open.
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flywheel_pipeline.health.cusum import ScopeAlarm, ScopeFigure
 from flywheel_pipeline.promotion import evalue
 from flywheel_pipeline.promotion.policy import Policy
 from flywheel_pipeline.promotion.runbook_ids import is_placeholder
 
 GateVerdict = Literal["pass", "fail", "inconclusive"]
 PatternVerdict = Literal["promote", "advance", "hold", "reject", "expired"]
-RuleVerdict = Literal["keep", "warn", "quarantine"]
+RuleVerdict = Literal["keep", "warn", "quarantine_scope", "quarantine"]
 
 NEXT_STAGE = {"none": "shadow", "proposed": "shadow", "shadow": "canary", "canary": "ring", "ring": "fleet"}
 # A step out of these puts a rule where no machine has run it yet: a policy limits how many one run takes.
@@ -28,12 +30,13 @@ NOT_SERVED = frozenset({"none", "proposed", "shadow"})
 
 @dataclass(frozen=True)
 class SiteEvidence:
-    """Rated episodes of one site that count (after the caps), and the hosts they come from."""
+    """Rated episodes of one site that count (after the caps), and the hosts they come from; of L2, or of the rule (L1)."""
 
     site_id: str
     successes: int
     failures: int
     hosts: int
+    level: str = "L2"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class PatternEvidence:
     `occurrences` and `successes` are raw L2 executions as reported; `sites` holds the capped, settled episodes that
     the sequential test counts: of L2 before the canary, of the rule itself from then on. Shares are fractions, None
     where nothing is known. `parked`: it expired at this stage and nobody has approved it since.
+
+    `step` and `step_days` say where in canary or ring the rule stands and for how long; `own_*` count its own settled
+    rated episodes since the canary, uncapped; `served_sites` the sites it is delivered to. While those are few, `sites`
+    holds L2's episodes at the other sites as well, each from before the canary: a site counts for one level only, so no
+    episode counts twice. `paused_by`: who stopped its rollout.
     """
 
     pattern_key: str
@@ -75,6 +83,12 @@ class PatternEvidence:
     first_at: dt.datetime | str | None = None
     last_at: dt.datetime | str | None = None
     parked: bool = False
+    step: int | None = None
+    step_days: float = 0.0
+    own_successes: int = 0
+    own_failures: int = 0
+    served_sites: int = 0
+    paused_by: str | None = None
 
     @property
     def rated(self) -> tuple[int, int]:
@@ -84,7 +98,11 @@ class PatternEvidence:
 
 @dataclass(frozen=True)
 class RuleEvidence:
-    """What is known of a rule in service. `matches` to `failures` are raw executions, `rated_*` episodes."""
+    """What is known of a rule in service. `matches` to `failures` are raw executions, `rated_*` episodes.
+
+    `scopes` holds where its CUSUM stands, fleet first; `alarms` the scopes that must leave service, `fleet_alarm` the
+    alarm of the whole rule.
+    """
 
     rule_id: str
     rule_version: int
@@ -99,6 +117,9 @@ class RuleEvidence:
     failures: int
     rated_successes: int
     rated_failures: int
+    scopes: tuple[ScopeFigure, ...] = ()
+    alarms: tuple[ScopeAlarm, ...] = ()
+    fleet_alarm: ScopeAlarm | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +175,13 @@ def _conditions(e: PatternEvidence) -> GateResult:
     )
 
 
+def _paused(e: PatternEvidence) -> list[GateResult]:
+    if e.paused_by is None:
+        return []
+    sentence = f"{e.paused_by} paused its rollout."
+    return [GateResult("not_paused", "inconclusive", f"paused by {e.paused_by}", "not paused", sentence)]
+
+
 def _human(e: PatternEvidence) -> GateResult:
     return GateResult(
         "not_rejected",
@@ -189,6 +217,7 @@ def _threshold_gates(e: PatternEvidence, policy: Policy) -> list[GateResult]:
         _executable(e.runbook_id, e.runbook_problem),
         _conditions(e),
         _human(e),
+        *_paused(e),
         GateResult(
             "occurrences",
             "pass" if enough else "inconclusive",
@@ -276,6 +305,7 @@ def _admission(e: PatternEvidence, policy: Policy) -> list[GateResult]:
         _executable(e.runbook_id, e.runbook_problem),
         _conditions(e),
         _human(e),
+        *_paused(e),
         _matches(e, policy),
         _shadows(e),
         _checks(e),
@@ -337,6 +367,73 @@ def _shadow(e: PatternEvidence, policy: Policy) -> GateResult:
         f"{s.min_would_fires} would-fires, or {s.min_days:g} days",
         f"In shadow for {e.shadow_days:.1f} days with {e.would_fires} would-fires.",
     )
+
+
+STEPS = 2  # canary: one site, a tenth; ring: a quarter, half
+
+
+def present_step(e: PatternEvidence) -> int:
+    """Return the step of a rule in canary or ring; one that entered before there were steps had a tenth or a quarter."""
+    return e.step if e.step is not None else STEPS if e.stage == "canary" else 1
+
+
+def next_stage(e: PatternEvidence, policy: Policy) -> str | None:
+    """Return the stage of the next step: in canary and ring the same stage once more, before the next one."""
+    if policy.rollout is not None and e.stage in ("canary", "ring") and present_step(e) < STEPS:
+        return e.stage
+    return NEXT_STAGE.get(e.stage)
+
+
+def _soak(e: PatternEvidence, policy: Policy) -> list[GateResult]:
+    if policy.rollout is None or e.stage not in ("canary", "ring"):
+        return []
+    need = policy.rollout.soak_days(e.stage, present_step(e))
+    return [
+        GateResult(
+            "soaked",
+            "pass" if e.step_days >= need else "inconclusive",
+            f"{e.step_days:.2f} days",
+            f"at least {need:g} days",
+            f"At step {present_step(e)} of the {e.stage} for {e.step_days:.1f} days, of {need:g} at least.",
+        )
+    ]
+
+
+def _own(e: PatternEvidence, policy: Policy, target: str) -> list[GateResult]:
+    """Ask for the rule's own episodes, which L2's can never replace.
+
+    What is a theorem: where L2's runs and the rule's both succeed with a probability of at most the floor, the pooled
+    e-value passes a gate with probability at most alpha at each of the four steps, whatever the mixture of the two:
+    each episode counts once, and which sites count for which level is drawn by hash, not by outcome. What is a
+    heuristic: that L2's success elsewhere speaks for the rule. So the rule's own episodes, all of them, must be enough
+    and must by themselves favour a rate above the floor; its CUSUM watches on beside that.
+    """
+    if policy.rollout is None or e.stage not in ("canary", "ring"):
+        return []
+    r = policy.rollout
+    gate = policy.stage_gate(target, e.incident_type, high_risk=is_high_risk(e.is_disruptive, e.category, policy))
+    own = e.own_successes + e.own_failures
+    need = r.widen_episodes if target == e.stage else r.own_episodes
+    value = evalue.log_e(e.own_successes, e.own_failures, gate.floor)
+    least = math.log(r.own_e_value)
+    refuted = evalue.log_e_reject(e.own_successes, e.own_failures, gate.floor) >= evalue.threshold(gate.alpha)
+    good = own >= need and value >= least
+    return [
+        GateResult(
+            "own_evidence",
+            "fail" if refuted else "pass" if good else "inconclusive",
+            f"{own} episodes, log E = {value:.4f}",
+            f"{need} episodes of its own, log E >= {least:.4f} (floor {gate.floor:.2f})",
+            f"{_rate(e.own_successes, own)} of the rule's own episodes held"
+            + (
+                f"; {need} are needed."
+                if own < need
+                else "."
+                if good
+                else f"; that does not favour a rate above {gate.floor:.0%}."
+            ),
+        )
+    ]
 
 
 def _statistics(e: PatternEvidence, policy: Policy, target: str) -> tuple[list[GateResult], dict[str, str]]:
@@ -463,13 +560,14 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
     """Decide whether a pattern takes its next step under a policy.
 
     Under a threshold policy the step is to the whole fleet at once. Under a sequential one it is the next stage:
-    shadow, canary, ring, fleet; the test of a stage stands before entering it.
+    shadow, canary, ring, fleet; the test of a stage stands before entering it. Where the policy rolls out in steps,
+    canary and ring have two each, and the test of the stage stands before the second step too.
 
     Returns:
         `promote` (threshold) or `advance` (sequential) with the target state if every gate passes; `reject` if the
         evidence itself speaks against it; `expired` if it stayed inconclusive too long; else `hold`.
     """
-    target = NEXT_STAGE.get(evidence.stage)
+    target = next_stage(evidence, policy)
     gates = [] if target else [_no_next_stage(evidence)]
     if policy.kind == "threshold":
         if evidence.stage in ("none", "proposed"):
@@ -491,8 +589,10 @@ def decide_pattern(evidence: PatternEvidence, policy: Policy) -> Decision:
                 "at least one rated episode, and not refuted",
                 first.sentence if rated else "No episode of it is rated yet: none was both settled and verified.",
             )
-    if target == "canary":
+    if evidence.stage == "shadow":
         gates.append(_shadow(evidence, policy))
+    gates += _soak(evidence, policy)
+    statistics = _own(evidence, policy, tested) + statistics
     gates += statistics
     approval = _approval(evidence, policy, target or "fleet")
     if approval is not None:
@@ -567,24 +667,89 @@ def decide_rule(evidence: RuleEvidence, policy: Policy) -> Decision:
     against = evalue.log_e_reject(evidence.rated_successes, evidence.rated_failures, d.floor)
     need = evalue.threshold(d.alpha)
     rated = evidence.rated_successes + evidence.rated_failures
-    refuted = against >= need
+    carrier = _carrier(evidence, policy) if against >= need else None
+    refuted = against >= need and carrier is None
     gates.append(
         GateResult(
             "not_refuted",
-            "fail" if refuted else "pass" if rated else "inconclusive",
+            "fail" if refuted else "inconclusive" if carrier or not rated else "pass",
             f"log E against = {against:.4f}",
             f"below {need:.4f} (floor {d.floor:.2f}, alpha {d.alpha:.2f})",
             f"{_rate(evidence.rated_successes, rated)} episodes held"
-            + (f"; the floor is {d.floor:.0%}." if rated else "."),
+            + (
+                "."
+                if not rated
+                else f"; without {carrier} nothing speaks against it."
+                if carrier
+                else f"; the floor is {d.floor:.0%}."
+            ),
         )
     )
+    gates.append(_in_control(evidence, policy))
     if gates[0].verdict == "fail":
         return Decision(
             "warn" if spared else "quarantine", None if spared else "quarantined", gates[0].sentence, tuple(gates)
         )
-    if refuted and d.failing_rule == "quarantine" and not spared:
+    acts = d.failing_rule == "quarantine" and not spared
+    fallen = evidence.fleet_alarm is not None
+    if refuted and acts:
         return Decision("quarantine", "quarantined", gates[2].sentence, tuple(gates))
-    if low or refuted:
-        failing = gates[1] if low else gates[2]
+    if fallen and acts:
+        return Decision("quarantine", "quarantined", gates[3].sentence, tuple(gates))
+    if evidence.alarms and acts:
+        return Decision("quarantine_scope", None, gates[3].sentence, tuple(gates))
+    if low or refuted or gates[3].verdict == "fail":
+        failing = gates[1] if low else gates[2] if refuted else gates[3]
         return Decision("warn", None, failing.sentence, tuple(gates))
     return Decision("keep", None, gates[2].sentence if rated else gates[1].sentence, tuple(gates))
+
+
+def _carrier(evidence: RuleEvidence, policy: Policy) -> str | None:
+    """Return the one site or release without which no episode speaks against the rule, where the rest is known.
+
+    The CUSUM of that scope answers for it: one dead site must not take the rule from all the others. The heuristic of
+    `health/cusum.py`, on counts: log E against of the rest lies below `calm`.
+    """
+    d = policy.demotion
+    for scope in evidence.scopes:
+        if scope.kind == "fleet":
+            continue
+        failures = evidence.rated_failures - scope.failures
+        successes = evidence.rated_successes - (scope.episodes - scope.failures)
+        if (
+            failures >= 0
+            and successes >= 0
+            and failures + successes >= d.cusum.rest_episodes
+            and evalue.log_e_reject(successes, failures, d.floor) < d.cusum.calm
+        ):
+            return scope.value if scope.kind == "site" else f"agents {scope.value}"
+    return None
+
+
+def _in_control(e: RuleEvidence, policy: Policy) -> GateResult:
+    """Answer whether the rule's CUSUM is in control everywhere: a scope at the limit to warn already fails it."""
+    c = policy.demotion.cusum
+    alarms = [*e.alarms, *([e.fleet_alarm] if e.fleet_alarm else [])]
+    warned = [scope for scope in e.scopes if scope.w >= c.warn_at]
+    if alarms:
+        verdict: GateVerdict = "fail"
+        sentence = " ".join(a.sentence for a in reversed(alarms))
+    elif warned:
+        verdict = "fail"
+        named = ", ".join(s.value if s.kind != "fleet" else "the fleet" for s in warned[:5])
+        sentence = f"It is getting worse at {named}: W = {max(s.w for s in warned):.2f}."
+    else:
+        verdict = "pass" if e.scopes else "inconclusive"
+        sentence = (
+            "In control at every site, on every release and over the fleet."
+            if e.scopes
+            else "No rated episode of this version yet."
+        )
+    highest = max((scope.w for scope in e.scopes), default=0.0)
+    return GateResult(
+        "in_control",
+        verdict,
+        f"highest W = {highest:.2f}",
+        f"below {c.warn_at:g}; {c.quarantine_at:g} takes the scope out of service",
+        sentence,
+    )

@@ -107,7 +107,10 @@ def backtest_history(
                 **row,
                 "served_day": history.day(result.served_at),
                 "fleet_day": history.day(result.fleet_at),
-                "steps": [{"day": history.day(m.at), "to": m.to_state, "episodes": m.episodes} for m in result.moves],
+                "steps": [
+                    {"day": history.day(m.at), "to": m.to_state, "step": m.step, "episodes": m.episodes}
+                    for m in result.moves
+                ],
             }
             found.append((result.pattern_key, number, dated))
     return [row for _, _, row in sorted(found, key=lambda item: item[:2])]

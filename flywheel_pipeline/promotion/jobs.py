@@ -7,12 +7,17 @@ from pydantic import Field
 
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.errors import FlywheelError
-from flywheel_pipeline.promotion.acts import Act, act
+from flywheel_pipeline.promotion.acts import Act, act, scope_of
 
 ACTS: dict[str, str] = {
     "approve": "Approves patterns by name; the next run's gates read it. Subjects: pattern keys.",
     "reject": "Rejects patterns. Subjects: pattern keys.",
-    "quarantine": "Takes rules out of service and out of every manifest. Subjects: rule ids.",
+    "quarantine": "Takes rules out of service and out of every manifest; at one site or agent version only, if named. "
+    "Subjects: rule ids.",
+    "lift": "Ends the quarantine of rules at a site or an agent version; their CUSUM there begins anew. Subjects: rule ids.",
+    "pause": "Stops the rollout of rules at their step; they are still demoted. Subjects: rule ids.",
+    "resume": "Lets paused rollouts go on. Subjects: rule ids.",
+    "abort": "Backs out of a rollout: quarantined, out of every manifest, back as a new version only. Subjects: rule ids.",
     "retire": "Retires rules for ever. Subjects: rule ids.",
     "freeze": "Stops promotion until it is thawed; never stops demotion. No subjects.",
     "thaw": "Ends a freeze. No subjects.",
@@ -26,6 +31,13 @@ class Signed(dg.Config):
     subjects: list[str] = Field(default=[], description="pattern keys for approve and reject, rule ids else")
     actor: str = Field(description="who decides this, by name")
     reason: str = Field(description="why, for the auditor who asks next year")
+
+
+class Scoped(Signed):
+    """As signed, for a part of the fleet: a site or an agent version; neither: the whole rule."""
+
+    site: str = Field(default="", description="only at this site")
+    agent_version: str = Field(default="", description="only on agents of this release")
 
 
 class Readmission(dg.Config):
@@ -52,9 +64,10 @@ def _act(
     actor: str,
     reason: str,
     change: dict[str, Any] | None = None,
+    scope: tuple[str, str] | None = None,
 ) -> None:
     try:
-        reports = act(database.engine, what, subjects, actor=actor, reason=reason, change=change)
+        reports = act(database.engine, what, subjects, actor=actor, reason=reason, change=change, scope=scope)
     except FlywheelError as error:
         raise dg.Failure(description=f"{error.message} {error.hint or ''}".strip(), allow_retries=False) from None
     for report in reports:
@@ -72,6 +85,26 @@ def _human_job(name: str, description: str) -> dg.JobDefinition:
         _act(context, database, cast(Act, name), config.subjects, config.actor, config.reason)
 
     form = _form(step) if name in ("freeze", "thaw") else _form(step, subjects=[])
+
+    @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor, config=form)
+    def job() -> None:
+        do()
+
+    return job
+
+
+def _scoped_job(name: str, description: str) -> dg.JobDefinition:
+    step = f"{name}_act"
+
+    @dg.op(name=step)
+    def do(context: dg.OpExecutionContext, config: Scoped, database: FlywheelDatabase) -> None:
+        try:
+            scope = scope_of(config.site, config.agent_version)
+        except FlywheelError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+        _act(context, database, cast(Act, name), config.subjects, config.actor, config.reason, scope=scope)
+
+    form = _form(step, subjects=[], site="", agent_version="")
 
     @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor, config=form)
     def job() -> None:
@@ -106,4 +139,8 @@ def _readmit_job() -> dg.JobDefinition:
 
 def human_jobs() -> list[dg.JobDefinition]:
     """Return one job for each human act."""
-    return [*(_human_job(name, description) for name, description in ACTS.items()), _readmit_job()]
+    scoped = ("quarantine", "lift")
+    return [
+        *((_scoped_job if name in scoped else _human_job)(name, description) for name, description in ACTS.items()),
+        _readmit_job(),
+    ]

@@ -91,6 +91,7 @@ class RuleEvent:
     run_id: str | None = None
     certificate: Mapping[str, Any] | None = None
     occurred_at: dt.datetime | None = field(default=None)
+    rollout_step: int | None = None
 
 
 def append_events(connection: sa.Connection, events: Iterable[RuleEvent]) -> list[int]:
@@ -119,6 +120,8 @@ def append_events(connection: sa.Connection, events: Iterable[RuleEvent]) -> lis
         }
         if values["certificate"] is None:
             values["certificate"] = sa.null()
+        if event.rollout_step is not None:
+            values["rollout_step"] = event.rollout_step
         if event.occurred_at is not None:
             values["occurred_at"] = event.occurred_at
         statement = sa.insert(tables.rule_events).values(**values).returning(tables.rule_events.c.event_id)
@@ -210,5 +213,6 @@ def fold(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "runbook_id": event["definition"]["runbook_id"],
             "incident_pattern": event["definition"]["incident_pattern"],
             "last_event_id": event["event_id"],
+            "rollout_step": event["rollout_step"],
         }
     return rules

@@ -97,8 +97,36 @@ class Approval(_Strict):
     )
 
 
+class Cusum(_Strict):
+    """The CUSUM of a rule in service, by scope (`health/cusum.py`).
+
+    `good` and `bad` are the rates it tells apart. W at `warn_at` warns, at `quarantine_at` alarms; below `calm` the
+    rest of the fleet counts as healthy, once it has `rest_episodes`. The whole rule goes where at least `min_sites`
+    sites and `site_share` (a fraction) of those that ran it are quarantined. `checkpoint_days`: how far behind the
+    present a checkpoint lies.
+    """
+
+    good: float = Field(default=0.85, gt=0.0, lt=1.0)
+    bad: float = Field(default=0.60, gt=0.0, lt=1.0)
+    warn_at: float = Field(default=3.0, gt=0.0)
+    quarantine_at: float = Field(default=6.0, gt=0.0)
+    calm: float = Field(default=1.0, gt=0.0)
+    rest_episodes: int = Field(default=5, ge=1)
+    min_sites: int = Field(default=3, ge=1)
+    site_share: float = Field(default=0.25, gt=0.0, le=1.0)
+    checkpoint_days: int = Field(default=3, ge=2)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Cusum:
+        if not self.bad < self.good:
+            raise ValueError("the bad rate lies below the good one")
+        if not self.calm <= self.warn_at <= self.quarantine_at:
+            raise ValueError("calm, warn_at and quarantine_at stand in this order")
+        return self
+
+
 class Demotion(_Strict):
-    """When a rule in service fails. `floor` and `alpha`: the reject e-value on its episodes."""
+    """When a rule in service fails. `floor` and `alpha`: the reject e-value on its episodes; `cusum`: when it got worse."""
 
     failing_rule: Literal["warn", "quarantine"] = "quarantine"
     floor: float = Fraction
@@ -106,6 +134,35 @@ class Demotion(_Strict):
     warn_below: float = Field(default=0.5, ge=0.0, le=1.0)
     min_matches: int = Field(default=20, ge=1)
     spare_builtin: bool = True
+    cusum: Cusum = Cusum()
+
+
+class Rollout(_Strict):
+    """The steps of canary and ring, and what a rule must show of its own before each.
+
+    A step lasts at least its days: at one site, at a tenth of the sites, at a quarter, at half. `widen_episodes` rated
+    episodes of the rule itself are needed for the second step of a stage, `own_episodes` for the next stage; in both
+    the e-value of its own episodes must be `own_e_value` or more. Where it runs at fewer than `own_sites` sites, L2's
+    episodes at the others, from before the canary, stand beside its own.
+    """
+
+    one_site_days: float = Field(default=1.0, ge=0.0)
+    tenth_days: float = Field(default=2.0, ge=0.0)
+    quarter_days: float = Field(default=2.0, ge=0.0)
+    half_days: float = Field(default=3.0, ge=0.0)
+    widen_episodes: int = Field(default=3, ge=1)
+    own_episodes: int = Field(default=10, ge=1)
+    own_e_value: float = Field(default=1.0, gt=0.0)
+    own_sites: int = Field(default=20, ge=1)
+
+    def soak_days(self, stage: str, step: int) -> float:
+        """Return how long a rule stays at this step at least, in days."""
+        return {
+            ("canary", 1): self.one_site_days,
+            ("canary", 2): self.tenth_days,
+            ("ring", 1): self.quarter_days,
+            ("ring", 2): self.half_days,
+        }[stage, step]
 
 
 class Override(_Strict):
@@ -133,6 +190,7 @@ class Policy(_Strict):
     limits: Limits = Limits()
     approval: Approval = Approval()
     demotion: Demotion
+    rollout: Rollout | None = None
     overrides: tuple[Override, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
@@ -163,7 +221,7 @@ class Policy(_Strict):
     @cached_property
     def policy_hash(self) -> str:
         """sha256 of the policy as canonical JSON: any changed value is another policy."""
-        return hashlib.sha256(canonical(self.model_dump(mode="json")).encode()).hexdigest()
+        return document_hash(self.model_dump(mode="json"))
 
     def stage_gate(self, stage: str, incident_type: str, *, high_risk: bool = False) -> StageGate:
         """Return floor and alpha for entering `stage`: of the stage, its override, and the high-risk class the strictest.
@@ -181,18 +239,18 @@ class Policy(_Strict):
             gates.append(self.high_risk)
         return StageGate(floor=max(g.floor for g in gates), alpha=min(g.alpha for g in gates))
 
-    def success_floor(self, incident_type: str, stage: str) -> tuple[float, int]:
-        """Return (floor, least executions) that a promotion out of `stage` must show in a recount from the log."""
+    def success_floor(self, incident_type: str, stage: str, *, widening: bool = False) -> tuple[float, int]:
+        """Return (floor, least executions) that a step out of `stage`, or within it, must show in a recount from the log."""
         if self.threshold is not None:
             return self.threshold.min_success_rate, self.threshold.min_occurrences
-        entering = {"shadow": "canary", "canary": "ring", "ring": "fleet"}.get(stage)
+        entering = stage if widening else {"shadow": "canary", "canary": "ring", "ring": "fleet"}.get(stage)
         if entering is None:
             return 0.0, 0
         return self.stage_gate(entering, incident_type).floor, 1
 
 
 _SEQUENTIAL_ONLY = frozenset(
-    {"stages", "high_risk", "evidence", "admission", "quorum", "shadow", "expiry", "approval", "overrides"}
+    {"stages", "high_risk", "evidence", "admission", "quorum", "shadow", "expiry", "approval", "rollout", "overrides"}
 )
 
 
@@ -203,6 +261,11 @@ def _differing(policy: Policy) -> set[str]:
         for name, field in Policy.model_fields.items()
         if getattr(policy, name) != field.get_default(call_default_factory=True)
     }
+
+
+def document_hash(document: Any) -> str:
+    """Return the sha256 of a policy's document, as its release wrote it: later releases know more values."""
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
 def canonical(value: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import Batch
+from flywheel_pipeline.promotion.certificate import evidence_of
+from flywheel_pipeline.promotion.gates import next_stage
 from flywheel_pipeline.promotion.ledger import fold
 from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.quality import Finding
@@ -48,9 +50,9 @@ def executable_runbooks_only(connection: sa.Connection, batch: Batch) -> Finding
 
 
 # Raw executions, from the log itself and not from the aggregates that the decision was taken on: of L2 before the
-# canary, of the rule's own version from then on.
+# canary, of the rule's own version from then on, each level by itself.
 _RAW_RECOUNT = """
-SELECT p.pattern_key, count(*) AS executions, coalesce(sum(e.success::int), 0) AS successes
+SELECT p.pattern_key, 'L1' AS level, count(*) AS executions, coalesce(sum(e.success::int), 0) AS successes
 FROM ({to_promote}) AS p
 JOIN l1_rules AS r ON r.pattern_key = p.pattern_key AND r.source = 'promoted' AND r.state = p.stage
 JOIN executions AS e ON e.level = 'L1' AND e.rule_id = r.rule_id AND e.outcome_class <> 'synthetic' AND e.event_at >= (
@@ -59,15 +61,14 @@ JOIN executions AS e ON e.level = 'L1' AND e.rule_id = r.rule_id AND e.outcome_c
 WHERE p.stage IN ('canary', 'ring') AND p.sequential
 GROUP BY p.pattern_key
 UNION ALL
-SELECT p.pattern_key, count(*), coalesce(sum(t.success::int), 0)
+SELECT p.pattern_key, 'L2', count(*), coalesce(sum(t.success::int), 0)
 FROM ({to_promote}) AS p
 JOIN execution_telemetry AS t
   ON coalesce(nullif(t.incident_type, ''), 'unknown') = p.incident_type
  AND coalesce(nullif(lower(t.platform), ''), 'unknown') = p.platform
  AND flywheel_level(t.resolution_level, t.rule_id, t.runbook_id) = 'L2'
  AND flywheel_runbook_ref('L2', t.rule_id, t.runbook_id, t.action) = p.runbook_id
-WHERE NOT (p.stage IN ('canary', 'ring') AND p.sequential)
-  AND t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{{"synthetic": true}}', false)
+WHERE t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{{"synthetic": true}}', false)
   AND t.event_at BETWEEN t.created_at - interval '730 days' AND t.created_at + interval '10 minutes'
 GROUP BY p.pattern_key
 """
@@ -78,7 +79,7 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
 
     Under a threshold policy the floor and the least count are held against raw executions. Under a sequential policy
     the decision's capped episodes are held against the floor of its stage, after a recount of the raw executions
-    shows that the log still holds at least as many, and as many successes, as the evidence claims.
+    shows that the log still holds at least as many, and as many successes, as the evidence claims of L2 and of the rule.
     """
     policy = load_policy(batch.policy_name)
     decisions = connection.execute(
@@ -90,27 +91,37 @@ def success_floor(connection: sa.Connection, batch: Batch) -> Finding:
         {"batch": batch.batch_id},
     ).all()
     raw = {
-        row.pattern_key: row
+        (row.pattern_key, row.level): row
         for row in connection.execute(sa.text(_RAW_RECOUNT.format(to_promote=_TO_PROMOTE)), {"batch": batch.batch_id})
     }
     offenders: list[dict[str, Any]] = []
     lowest: float | None = None
     for row in decisions:
-        counted = raw.get(row.subject_id)
-        n = int(counted.executions) if counted else 0
-        s = int(counted.successes) if counted else 0
-        floor, least = policy.success_floor(row.evidence["incident_type"], row.evidence["stage"])
-        if policy.kind == "threshold":
-            good = 0
-            rate = s / n if n else None
-        else:
-            good = sum(int(site["successes"]) for site in row.evidence["sites"])
-            rated = good + sum(int(site["failures"]) for site in row.evidence["sites"])
-            rate = good / rated if rated else None
+        present = evidence_of(row.evidence)
+        widening = policy.kind == "sequential" and next_stage(present, policy) == present.stage
+        floor, least = policy.success_floor(present.incident_type, present.stage, widening=widening)
+        sites = row.evidence["sites"]
+        own_stage = policy.kind == "sequential" and row.evidence["stage"] in ("canary", "ring")
+        short = False
+        n = s = good = rated = 0
+        for level in ("L1", "L2"):
+            counted = raw.get((row.subject_id, level))
+            logged, healed = (int(counted.executions), int(counted.successes)) if counted else (0, 0)
+            # Decisions of a release before this one name no level: of the rule from the canary on, of L2 before.
+            claimed = [x for x in sites if x.get("level", "L1" if own_stage else "L2") == level]
+            if policy.kind == "threshold" or claimed or (level == "L1") == own_stage:
+                n, s = n + logged, s + healed
+            successes = sum(int(x["successes"]) for x in claimed)
+            episodes = successes + sum(int(x["failures"]) for x in claimed)
+            if policy.kind == "sequential":
+                short |= logged < episodes or healed < successes
+                good, rated = good + successes, rated + episodes
+        rate = (s / n if n else None) if policy.kind == "threshold" else (good / rated if rated else None)
+        if policy.kind == "sequential":
             least = max(least, rated)
         if rate is not None:
             lowest = rate if lowest is None else min(lowest, rate)
-        if rate is None or rate < floor or n < least or s < good:
+        if rate is None or rate < floor or n < least or s < good or short:
             offenders.append(
                 {
                     "pattern": row.subject_id,
@@ -138,7 +149,8 @@ def registry_equals_ledger(connection: sa.Connection) -> Finding:
     """`l1_rules` equals the fold of `rule_events`, recomputed here in Python from every event."""
     events = connection.execute(
         sa.text(
-            "SELECT event_id, rule_id, rule_version, to_state, content_hash, definition FROM rule_events ORDER BY event_id"
+            "SELECT event_id, rule_id, rule_version, to_state, content_hash, definition, rollout_step "
+            "FROM rule_events ORDER BY event_id"
         )
     ).mappings()
     folded = fold([dict(event) for event in events])
@@ -146,7 +158,8 @@ def registry_equals_ledger(connection: sa.Connection) -> Finding:
         row["rule_id"]: dict(row)
         for row in connection.execute(
             sa.text(
-                "SELECT rule_id, state, enabled, rule_version, content_hash, runbook_id, incident_pattern, last_event_id "
+                "SELECT rule_id, state, enabled, rule_version, content_hash, runbook_id, incident_pattern, last_event_id, "
+                "rollout_step "
                 "FROM l1_rules"
             )
         ).mappings()

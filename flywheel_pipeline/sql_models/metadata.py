@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 _LONGEST_CELL = 120
+# What telemetry reports is text, never a link, an image or a style of the page that shows it.
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[|"} | {"<": "&lt;"})
 
 
 def as_metadata(value: object) -> Any:
@@ -110,5 +112,9 @@ def _cell(value: Any, longest: int) -> str:
         text = f"{plain:.4g}" if abs(plain) < 1000 else f"{plain:.1f}"
     text = " ".join(text.split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
-    # `<n>` in an error template would be taken for HTML and vanish.
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return escape_markdown(text)
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown that shows it as it is: `<n>` is no HTML, `[x](y)` no link, a bar ends no cell."""
+    return text.translate(_MARKDOWN)

@@ -134,3 +134,56 @@ def agent_releases_report(connection: sa.Connection, now: dt.datetime) -> Findin
         sample=[dict(row) for row in rows[:20]],
         figures={"silent_releases": len(rows)},
     )
+
+
+def sites_and_tiers_report(connection: sa.Connection, now: dt.datetime) -> Finding:
+    """Every site and every tier (L1, L2, L3) with at least 10 rows a day over the last week reported in the last 24 hours."""
+    rows = (
+        connection.execute(
+            sa.text(
+                """
+                SELECT CASE WHEN grouping(site_id) = 0 THEN 'site' ELSE 'tier' END AS source,
+                  coalesce(site_id, level) AS name, sum(executions)::bigint AS executions_of_week,
+                  max(last_event_at) AS last_event_at
+                FROM telemetry_daily_volume
+                WHERE last_event_at >= :week
+                GROUP BY GROUPING SETS ((site_id), (level))
+                HAVING sum(executions) >= 70
+                ORDER BY max(last_event_at), 1 DESC, 2
+                """
+            ),
+            {"week": now - dt.timedelta(days=8)},
+        )
+        .mappings()
+        .all()
+    )
+    silent = [dict(row) for row in rows if row["last_event_at"] < now - SILENT_AFTER]
+    ages = {
+        kind: max(
+            ((now - row["last_event_at"]).total_seconds() / 3600 for row in rows if row["source"] == kind), default=None
+        )
+        for kind in ("site", "tier")
+    }
+    sentence = f"All {len(rows)} busy sites and tiers report."
+    if not rows:
+        sentence = "No site and no tier reported 70 rows in the last 8 days: nothing to judge."
+    if silent:
+        first = silent[0]
+        sentence = (
+            f"{len(silent)} of {len(rows)} busy sites and tiers are silent for 24 hours, first {first['source']} "
+            f"{first['name']}, last heard of {first['last_event_at']:%Y-%m-%d %H:%M} UTC."
+        )
+    return Finding(
+        passed=not silent,
+        sentence=sentence,
+        observed=f"{len(silent)} of {len(rows)} silent",
+        required="none",
+        offenders=len(silent),
+        sample=silent[:20],
+        figures={
+            "silent_sources": len(silent),
+            "busy_sources": len(rows),
+            "oldest_site_hours": ages["site"],
+            "oldest_tier_hours": ages["tier"],
+        },
+    )

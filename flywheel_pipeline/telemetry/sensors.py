@@ -27,11 +27,11 @@ UNFINISHED = [
 
 
 def waiting_acts(connection: sa.Connection) -> int:
-    """Count the approvals and thaws that no batch has decided with yet."""
+    """Count the approvals, thaws and resumptions that no batch has decided with yet."""
     return int(
         connection.execute(
             sa.text(
-                "SELECT count(*) FROM human_acts WHERE act IN ('approve', 'thaw') AND acted_at > "
+                "SELECT count(*) FROM human_acts WHERE act IN ('approve', 'thaw', 'resume') AND acted_at > "
                 "coalesce((SELECT max(opened_at) FROM refresh_batches WHERE refreshed_at IS NOT NULL), '-infinity')"
             )
         ).scalar_one()

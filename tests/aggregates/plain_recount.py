@@ -143,6 +143,7 @@ def _episodes(executions: list[dict[str, Any]]) -> Table:
             "successes": sum(r["class"] == "success" for r in rows),
             "refired": len(refired),
             "outcome": "unrated" if last is None else "success" if healed else "failure",
+            "agent_version": "unknown" if last is None else last["agent_version"],
             **dict(zip(key, values, strict=True)),
         }
     return table
@@ -248,7 +249,7 @@ VALUES = {
             "pattern_site_stats": ["incident_type", "runbook_id", "platform"],
         }.items()
     },
-    "episodes": [*ADDITIVE, "first_at", "last_at", "outcome"],
+    "episodes": [*ADDITIVE, "first_at", "last_at", "outcome", "agent_version"],
     "telemetry_daily_volume": ["executions", "raw_successes", "synthetic", "last_event_at", "last_arrival_at"],
     "telemetry_violations": ["problem", "created_at"],
     "l1_rules": ["match_count", "success_count", "failure_count"],

@@ -147,7 +147,7 @@ def make(engine: sa.Engine) -> None:
 
 _CATALOG = {
     "relations": """
-        SELECT c.oid::regclass::text, c.relkind::text, pg_get_userbyid(c.relowner), c.relacl::text, c.reloptions::text,
+        SELECT c.oid::regclass::text, c.relkind::text, pg_get_userbyid(c.relowner), coalesce(c.relacl, acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", c.relowner))::text, c.reloptions::text,
                obj_description(c.oid, 'pg_class'), CASE WHEN c.relkind IN ('v', 'm') THEN pg_get_viewdef(c.oid) END
         FROM pg_class c WHERE {ours} AND c.relkind IN ('r', 'v', 'm', 'S')""",
     "columns": """

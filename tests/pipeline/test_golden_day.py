@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+import dagster as dg
 import pytest
 import sqlalchemy as sa
 from graph_runs import Environment, Flywheel, PlayedDay, state_of
 
+from flywheel_pipeline.database.settings import get_settings
 from flywheel_pipeline.promotion.certificate import verify
 from flywheel_pipeline.promotion.explain import explain
+from flywheel_pipeline.run import dagster_instance
 from flywheel_pipeline.simulation.replay import (
     CROSSING_PATTERNS,
     GOLDEN,
@@ -92,6 +96,39 @@ def test_both_runs_succeed_and_bitlocker_is_the_failing_rule_by_name(played: Pla
     assert "RB-AUTO-BITLOCKE succeeded in 917 of 3,057 executions (30.0 %)" in failing.sentence
     latest = {check["name"]: check["passed"] for check in played.evening["checks"]}
     assert {name: latest[name] for name in checks} == {name: check.passed for name, check in checks.items()}
+
+
+def test_the_causes_stand_in_the_alert_in_the_check_and_in_the_materialization(played: PlayedDay) -> None:
+    url = played.engine.url
+    with dagster_instance(url, get_settings()) as instance:
+        check = dg.AssetCheckKey(dg.AssetKey("rule_quarantines"), "no_failing_rules")
+        [record] = instance.event_log_storage.get_asset_check_execution_history(check, limit=1)
+        evaluation = record.evaluation
+        event = instance.get_latest_materialization_event(dg.AssetKey("failure_attribution"))
+    assert evaluation is not None
+    assert event is not None
+    assert event.asset_materialization is not None
+    five = (
+        "cannot have this control",
+        "hands over to a person",
+        "does not exist",
+        "is missing",
+        "could not be reached",
+    )
+    described = evaluation.description or ""
+    assert [described.index(words) for words in five] == sorted(described.index(words) for words in five)
+    assert "all hosts from 2026-01-18 to 2026-01-24" in described
+    shown = {name: value.value for name, value in evaluation.metadata.items()}
+    for words in (*five, "all hosts from 2026-01-18", "&lt;hex>", "taken out"):
+        assert words in str(shown["why_the_first_fails"])
+    assert "](data:image/png;base64," in str(shown["waterfall_of_the_first"])
+    made = {name: value.value for name, value in event.asset_materialization.metadata.items()}
+    assert made["failing_rules"] == 3
+    assert "all hosts from 2026-01-18" in str(made["why RB-AUTO-BITLOCKE"])
+    assert str(made["plot RB-AUTO-BITLOCKE"]).count("](data:image/png;base64,") == 2
+    hosts = {row["hostname"] for row in _rows(played.engine, "SELECT DISTINCT hostname FROM execution_telemetry")}
+    told = f"{described} {shown} {made}"
+    assert not [host for host in hosts if re.search(rf"(?<![\w-]){re.escape(host)}(?![\w-])", told, re.IGNORECASE)]
 
 
 def test_eleven_rules_are_quarantined_each_with_its_placeholder_as_reason(played: PlayedDay) -> None:

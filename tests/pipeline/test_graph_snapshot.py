@@ -19,13 +19,13 @@ import sqlalchemy as sa
 import yaml
 
 from flywheel_pipeline.aggregates.assets import FEEDBACK
-from flywheel_pipeline.build import NIGHTLY_JOB, PIPELINE_JOB, build_defs
+from flywheel_pipeline.build import CONTRACT_CHECKS, NIGHTLY_JOB, PIPELINE_JOB, build_defs
 from flywheel_pipeline.sql_models.loader import load_models
-from flywheel_pipeline.telemetry.checks import SUITE_CHECK
+from flywheel_pipeline.telemetry.checks import NIGHTLY_CHECKS
 
 SNAPSHOT = Path(__file__).with_name("graph_snapshot.yaml")
 GROUPS = {"telemetry", "aggregates", "candidates", "promotion", "delivery", "health", "simulation"}
-#: The job that promotes, and what may be left out of it: days are backfilled by hand, the suite costs seconds.
+#: The job that promotes, and what may be left out of it: days are backfilled by hand, the backtest costs seconds.
 LEFT_OUT = {PIPELINE_JOB: {"day_backfill", "policy_backtest"}, NIGHTLY_JOB: {"day_backfill"}}
 
 
@@ -129,13 +129,14 @@ def test_every_gate_stands_upstream_of_the_ledger(nodes: dict[str, Any], checks:
 def test_no_check_and_no_asset_is_left_out_of_the_jobs_that_promote(
     definitions: dg.Definitions, nodes: dict[str, Any], checks: dict[str, dg.AssetCheckSpec]
 ) -> None:
-    suite = f"{SUITE_CHECK.asset_key.to_user_string()}.{SUITE_CHECK.name}"
+    at_night = {f"{key.asset_key.to_user_string()}.{key.name}" for key in (*CONTRACT_CHECKS, *NIGHTLY_CHECKS)}
+    assert not {name for name, spec in checks.items() if spec.blocking} & at_night
     jobs = shape(definitions, nodes, checks)["jobs"]
     made_here = {name for name, node in nodes.items() if node.is_materializable}
     for job, absent in LEFT_OUT.items():
         assert made_here - set(jobs[job]["assets"]) == absent
     assert set(jobs[NIGHTLY_JOB]["checks"]) == checks.keys()
-    assert checks.keys() - set(jobs[PIPELINE_JOB]["checks"]) == {suite}
+    assert checks.keys() - set(jobs[PIPELINE_JOB]["checks"]) == at_night
 
 
 def test_every_job_runs_in_one_process_and_everything_that_ticks_is_on(

@@ -17,7 +17,7 @@ def sites(*counts: tuple[int, int] | tuple[int, int, int]) -> tuple[SiteEvidence
 
 
 def pattern(**changes: Any) -> PatternEvidence:
-    """A firewall pattern in the ring with 20 sites of ten clean episodes: it goes to the fleet."""
+    """A firewall pattern at the ring's second step with 20 sites of ten clean episodes: it goes to the fleet."""
     base = PatternEvidence(
         pattern_key="firewall~RB-WIN-SEC-001~windows",
         incident_type="firewall",
@@ -46,6 +46,11 @@ def pattern(**changes: Any) -> PatternEvidence:
         rejected_by=None,
         checks_green=True,
         days_observed=30.0,
+        step=2,
+        step_days=10.0,
+        own_successes=100,
+        own_failures=0,
+        served_sites=20,
     )
     return replace(base, **changes)
 

@@ -118,11 +118,16 @@ class Ledger:
         """Return all the columns of a promotion that the padlock accepts, with its batch and decision written."""
         at_once = (from_state, to_state) == ("proposed", "fleet")
         batch = changes.pop("batch", None) or self.batch()
-        decision = self.decision(batch, from_state, verdict="promote" if at_once else "advance")
         body = changes.get("definition", content())
+        evidence = {"stage": from_state, "runbook_id": body["runbook_id"], "platform": body["platform"]}
+        rule = self.state(changes.get("rule_id", RULE))
+        if rule is not None and rule.rollout_step is not None:
+            evidence["step"] = rule.rollout_step
+        verdict = "promote" if at_once else "advance"
+        decision = self.decision(batch, from_state, evidence=evidence, verdict=verdict)
         version = changes.get("rule_version", 1)
         row = {
-            "kind": "promoted" if at_once else "advanced",
+            "kind": "promoted" if at_once else "widened" if from_state == to_state else "advanced",
             "from_state": from_state,
             "to_state": to_state,
             "rule_version": version,
@@ -142,7 +147,7 @@ class Ledger:
 
     def step(self, kind: str, from_state: str, to_state: str, **changes: Any) -> int:
         """Take a legal step with all that it needs."""
-        if kind in ("promoted", "advanced"):
+        if kind in ("promoted", "advanced", "widened"):
             return self.event(**{**self.promotion(from_state, to_state, **changes), "kind": kind})
         return self.event(kind, from_state, to_state, **changes)
 

@@ -49,27 +49,39 @@ def test_a_good_pattern_climbs_from_none_to_the_fleet_under_the_standard_policy(
     fleet.heal(AUDIT, 7)
     canary = fleet.run(9)
     assert canary.applied.moved == ((AUDIT.rule_id, "canary"),)
-    first_sites = fleet.serving(AUDIT.rule_id)
-    assert len(first_sites) == 6  # a tenth
+    one_site = fleet.serving(AUDIT.rule_id)
+    assert len(one_site) == 1
 
-    # From here on the rule's own episodes count, and those of L2 no longer do.
+    # From here on the rule's own episodes are needed; while few sites run it, L2's from before stand beside, elsewhere.
     fresh = fleet.run(10)
-    assert fresh.verdict(AUDIT)[0] == "hold"
-    assert fleet.rows("SELECT evidence -> 'sites' AS s FROM promotion_decisions ORDER BY decision_id DESC")[0].s == []
-    for day in (11, 13):
-        fleet.heal(AUDIT, day, sites=first_sites, rule=True)
-    thin = fleet.run(15)  # 48 clean episodes, but only 40 without the best site
-    assert thin.verdict(AUDIT)[0] == "hold"
-    assert "the evidence does not suffice" in thin.verdict(AUDIT)[1]
-    fleet.heal(AUDIT, 16, sites=first_sites, rule=True)
-    ring = fleet.run(18)
+    assert fresh.verdict(AUDIT) == ("hold", "0 of 0 of the rule's own episodes held; 3 are needed.")
+    beside = loaded(fleet, AUDIT, 10.1)
+    assert {site.level for site in beside.sites} == {"L2"}
+    assert {site.site_id for site in beside.sites} == set(fleet.sites) - set(one_site)
+    fleet.heal(AUDIT, 11, sites=one_site, rule=True)
+    tenth = fleet.run(13)
+    assert tenth.applied.moved == ((AUDIT.rule_id, "canary"),)
+    first_sites = fleet.serving(AUDIT.rule_id)
+    assert len(first_sites) == 6
+    assert set(one_site) < set(first_sites)
+
+    fleet.heal(AUDIT, 13.1, sites=first_sites, rule=True)
+    soaking = fleet.run(14.5)
+    assert soaking.verdict(AUDIT) == ("hold", "At step 2 of the canary for 1.5 days, of 2 at least.")
+    ring = fleet.run(16)
     assert ring.applied.moved == ((AUDIT.rule_id, "ring"),)
     quarter = fleet.serving(AUDIT.rule_id)
     assert len(quarter) == 15
     assert set(first_sites) < set(quarter)
+    fleet.heal(AUDIT, 17, sites=quarter, rule=True)
+    assert fleet.run(19).applied.moved == ((AUDIT.rule_id, "ring"),)
+    half = fleet.serving(AUDIT.rule_id)
+    assert len(half) == 30
+    assert set(quarter) < set(half)
 
-    for day in (19, 21, 23):
-        fleet.heal(AUDIT, day, sites=quarter, rule=True)
+    # Thirty sites carry the test alone: L2 no longer counts.
+    fleet.heal(AUDIT, 20, sites=half, rule=True)
+    assert {site.level for site in loaded(fleet, AUDIT, 22).sites} == {"L1"}
     everywhere = fleet.run(25)
     assert everywhere.applied.moved == ((AUDIT.rule_id, "fleet"),)
     assert len(fleet.serving(AUDIT.rule_id)) == 60
@@ -79,11 +91,14 @@ def test_a_good_pattern_climbs_from_none_to_the_fleet_under_the_standard_policy(
         ("proposed", "proposed"),
         ("advanced", "shadow"),
         ("advanced", "canary"),
+        ("widened", "canary"),
         ("advanced", "ring"),
+        ("widened", "ring"),
         ("advanced", "fleet"),
     ]
-    promotions = fleet.rows("SELECT * FROM rule_events WHERE kind = 'advanced' ORDER BY event_id")
-    assert len({row.decision_id for row in promotions}) == 4
+    promotions = fleet.rows("SELECT * FROM rule_events WHERE kind IN ('advanced', 'widened') ORDER BY event_id")
+    assert len({row.decision_id for row in promotions}) == 6
+    assert [row.rollout_step for row in promotions] == [None, 1, 2, 1, 2, None]
     for row in promotions:
         assert verify(row.certificate) == []
         assert row.certificate["target_state"] == row.to_state
@@ -451,7 +466,16 @@ def test_from_the_canary_on_the_interlock_recounts_the_rules_own_executions(engi
         fleet.heal(AUDIT, day, sites=sites, rule=True)
     ran = fleet.run(24)
     assert fleet.verdicts(ran.batch)["success_floor"] == "pass"
-    assert ran.applied.moved == ((AUDIT.rule_id, "ring"),)
+    assert ran.applied.moved == ((AUDIT.rule_id, "canary"),)
+    evidence = fleet.rows("SELECT evidence AS e FROM promotion_decisions ORDER BY decision_id DESC")[0].e
+    assert {site["level"] for site in evidence["sites"]} == {"L1", "L2"}
+
+    # The rule's claim is held against its own rows, however many of L2 there are.
+    fleet.heal(AUDIT, 25, sites=fleet.serving(AUDIT.rule_id), rule=True)
+    batch = fleet.refreshed(28)
+    fleet.execute("UPDATE execution_telemetry SET success = false WHERE resolution_level = 'L1'")  # not refreshed
+    assert fleet.decide(batch)[AUDIT.key].decision.verdict == "advance"
+    assert fleet.verdicts(batch)["success_floor"] == "fail"
 
 
 def test_the_interlock_fails_where_the_log_holds_less_than_the_evidence_claims(engine):

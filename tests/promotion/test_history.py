@@ -58,7 +58,7 @@ def test_on_the_same_history_legacy_promotes_the_85_percent_runbook_and_standard
     held = found[SPOOLER.key, "standard"]
     assert held["fleet_day"] is None
     good = found[AUDIT.key, "standard"]
-    assert [step["to"] for step in good["steps"]] == ["shadow", "canary", "ring", "fleet"]
+    assert [step["to"] for step in good["steps"]] == ["shadow", "canary", "canary", "ring", "ring", "fleet"]
     assert good["later_failures"] == 0
     assert found[AUDIT.key, "legacy"]["served_day"] == day_of(0)
 

@@ -72,6 +72,10 @@ def test_every_declared_step_is_taken(ledger):
         if kind == "readmitted":
             changes |= {"rule_version": 2, "definition": content(runbook_id="RB-WIN-SEC-003")}
         ledger.step(kind, before, after, **changes)
+        if kind == "widened":
+            assert "widened once" in refused(
+                ledger, lambda k=kind, b=before, a=after, c=changes: ledger.step(k, b, a, **c)
+            )
         rule = ledger.state(rule_id)
         assert (rule.state, rule.enabled) == (after, after in ENABLED_STATES)
 
@@ -294,7 +298,15 @@ def test_version_and_content_change_by_re_admission_only(ledger, changes):
 
 # -------------------------------------------------------------------------------------------- promotions by hand
 
-STEPS = [("proposed", "fleet"), ("proposed", "shadow"), ("shadow", "canary"), ("canary", "ring"), ("ring", "fleet")]
+STEPS = [
+    ("proposed", "fleet"),
+    ("proposed", "shadow"),
+    ("shadow", "canary"),
+    ("canary", "canary"),
+    ("canary", "ring"),
+    ("ring", "ring"),
+    ("ring", "fleet"),
+]
 
 
 def _unrefreshed(ledger: Ledger, row: dict[str, Any]) -> None:
@@ -343,7 +355,10 @@ def _decided(**changes: Any) -> Callable[[Ledger, dict[str, Any]], None]:
 
 def _decided_for(part: str, value: Any) -> Callable[[Ledger, dict[str, Any]], None]:
     def decide(ledger: Ledger, row: dict[str, Any]) -> None:
-        evidence = {"stage": row["from_state"], "runbook_id": "RB-WIN-SEC-001", "platform": "windows", part: value}
+        written = ledger.connection.execute(
+            sa.text("SELECT evidence FROM promotion_decisions WHERE decision_id = :d"), {"d": row["decision_id"]}
+        ).scalar_one()
+        evidence = {**written, part: value}
         verdict = "promote" if row["kind"] == "promoted" else "advance"
         row["decision_id"] = ledger.decision(row["batch_id"], "", evidence=evidence, verdict=verdict)
 
@@ -408,7 +423,10 @@ FLAWS: dict[str, tuple[Callable[[Ledger, dict[str, Any]], None], str]] = {
 @pytest.mark.parametrize(("before", "after"), STEPS)
 def test_each_flaw_in_a_promotion_by_hand_is_refused_and_the_same_without_the_flaw_is_taken(ledger, before, after):
     ledger.bring_to(before)
-    for name, (spoil, says) in FLAWS.items():
+    flaws = dict(FLAWS)
+    if before in ("canary", "ring"):
+        flaws["a decision at another step"] = (_decided_for("step", 3), "is for another step")
+    for name, (spoil, says) in flaws.items():
         trial = ledger.connection.begin_nested()
         row = ledger.promotion(before, after)
         spoil(ledger, row)
@@ -467,7 +485,7 @@ def test_the_policy_hash_of_an_event_is_that_of_its_decision_whatever_the_writer
 WALK = st.lists(
     st.tuples(st.sampled_from(["R-1", "R-2"]), st.booleans(), st.integers(0, 1000)), min_size=8, max_size=30
 )
-UP = ("advanced", "proposed", "readmitted")
+UP = ("advanced", "proposed", "readmitted", "widened")
 
 
 @given(WALK)
@@ -484,9 +502,10 @@ def test_after_any_legal_walk_the_registry_equals_the_fold_of_the_ledger(shared_
         ]
         bodies: dict[str, dict[str, Any]] = {}
         expected: dict[str, tuple[str, int, str]] = {}
+        steps: dict[str, int] = {}
         for rule_id, upwards, choice in walk:
             state, version, _ = expected.get(rule_id, ("none", 1, ""))
-            possible = [step for step in legal if step[1] == state]
+            possible = [step for step in legal if step[1] == state and (step[0] != "widened" or steps[rule_id] == 1)]
             possible = [step for step in possible if upwards and step[0] in UP] or possible
             if not possible:
                 assert state == "retired"
@@ -497,14 +516,8 @@ def test_after_any_legal_walk_the_registry_equals_the_fold_of_the_ledger(shared_
                 bodies[rule_id] = content(runbook_id=runbooks[version % len(runbooks)], severity=f"version {version}")
             body = bodies.setdefault(rule_id, content())
             changes: dict[str, Any] = {"rule_id": rule_id, "rule_version": version, "definition": body}
-            if kind in ("promoted", "advanced"):
-                row = ledger.promotion(before, after, **changes)
-                verdict = "promote" if kind == "promoted" else "advance"
-                evidence = {"stage": before, "runbook_id": body["runbook_id"], "platform": "windows"}
-                row["decision_id"] = ledger.decision(row["batch_id"], before, evidence=evidence, verdict=verdict)
-                ledger.event(**row)
-            else:
-                ledger.event(kind, before, after, **changes)
+            ledger.step(kind, before, after, **changes)
+            steps[rule_id] = 2 if kind == "widened" else 1
             expected[rule_id] = (after, version, content_hash(body))
 
         events = connection.exec_driver_sql("SELECT * FROM rule_events ORDER BY event_id").mappings()

@@ -12,6 +12,8 @@ from evidence import changed, counted, pattern, rule, sites
 from pydantic import BaseModel
 
 from flywheel_pipeline.errors import PolicyError
+from flywheel_pipeline.health.cusum import Attribution, RatedEpisode, attribute
+from flywheel_pipeline.health.demotion import ScopeFigure
 from flywheel_pipeline.promotion.backtest import EpisodeLog, capped_sites
 from flywheel_pipeline.promotion.gates import decide_pattern, decide_rule, is_healthy, within_limit
 from flywheel_pipeline.promotion.policy import Policy, load_policy, parse_policy, policy_names
@@ -59,6 +61,30 @@ MANY_HOSTS = EpisodeLog.of([(day, "site-01", f"host-{day}", True) for day in ran
 WAITING = [(f"pattern-{i}", n) for i, n in enumerate((5, 40, 30, 20, 10, 50, 60))]
 NAMED: dict[str, Any] = {"approvers": ("ana",)}
 
+
+def walked(site: str, outcomes: str, late: str = "") -> Decide:
+    """A site that fails among 40 healthy episodes elsewhere; `late`: what two other sites report at the end."""
+    elsewhere = [RatedEpisode(f"site-{1 + i % 9:02d}", "1.0.74", False) for i in range(40)]
+    here = [RatedEpisode(site, "1.0.74", outcome == "F") for outcome in outcomes]
+    after = [RatedEpisode(f"site-{5 + i:02d}", "1.0.74", outcome == "F") for i, outcome in enumerate(late)]
+    return lambda policy: [
+        (alarm.kind, alarm.value) for alarm in _all(attribute([*elsewhere, *here, *after], policy.demotion.cusum))
+    ]
+
+
+def _all(found: Attribution) -> list[Any]:
+    return [*found.scopes, *([found.fleet] if found.fleet else [])]
+
+
+def three_sites(policy: Policy) -> Any:
+    """Three of ten sites die, one after the other, while the others heal."""
+    episodes = [RatedEpisode(f"site-{3 + i % 7:02d}", "1.0.74", False) for i in range(40)]
+    for site in range(3):
+        episodes += [RatedEpisode(f"site-{site:02d}", "1.0.74", True)] * 7
+        episodes += [RatedEpisode(f"site-{3 + i % 7:02d}", "1.0.74", False) for i in range(20)]
+    return [(alarm.kind, alarm.value) for alarm in _all(attribute(episodes, policy.demotion.cusum))]
+
+
 # (policy, path): (another value, the decision that shows it)
 CHANGES: dict[tuple[str, str], tuple[Any, Decide]] = {
     ("standard", "stages.canary.floor"): (0.85, clean(25, stage="shadow")),
@@ -98,6 +124,23 @@ CHANGES: dict[tuple[str, str], tuple[Any, Decide]] = {
         r(rule(matches=15, successes=3, failures=12, rated_successes=3, rated_failures=0)),
     ),
     ("standard", "demotion.spare_builtin"): (False, r(counted(0, 729, source="builtin"))),
+    ("standard", "demotion.cusum.good"): (0.80, walked("site-00", "FFFFFFF")),
+    ("standard", "demotion.cusum.bad"): (0.70, walked("site-00", "FFFFFFF")),
+    ("standard", "demotion.cusum.warn_at"): (5.0, r(rule(scopes=(ScopeFigure("site", "s", 4, 4, 3.9, 3.9),)))),
+    ("standard", "demotion.cusum.quarantine_at"): (7.0, walked("site-00", "FFFFFFF")),
+    ("standard", "demotion.cusum.calm"): (2.0, walked("site-00", "FFFFF", late="FF")),
+    ("standard", "demotion.cusum.rest_episodes"): (60, walked("site-00", "FFFFFFF")),
+    ("standard", "demotion.cusum.min_sites"): (4, three_sites),
+    ("standard", "demotion.cusum.site_share"): (0.5, three_sites),
+    ("standard", "demotion.cusum.checkpoint_days"): (4, lambda policy: policy.demotion.cusum.checkpoint_days),
+    ("standard", "rollout.one_site_days"): (3.0, p(stage="canary", step=1, step_days=2.0)),
+    ("standard", "rollout.tenth_days"): (3.0, p(stage="canary", step=2, step_days=2.0)),
+    ("standard", "rollout.quarter_days"): (3.0, p(stage="ring", step=1, step_days=2.0)),
+    ("standard", "rollout.half_days"): (2.0, p(stage="ring", step=2, step_days=2.0)),
+    ("standard", "rollout.widen_episodes"): (5, p(stage="canary", step=1, own_successes=4)),
+    ("standard", "rollout.own_episodes"): (5, p(stage="canary", own_successes=7)),
+    ("standard", "rollout.own_e_value"): (0.1, p(stage="canary", own_successes=17, own_failures=3)),
+    ("standard", "rollout.own_sites"): (10, lambda policy: policy.rollout and policy.rollout.own_sites),
     ("standard", "overrides.0.incident_type"): ("firewall*", clean(80, stage="canary")),
     ("standard", "overrides.0.stages.canary.floor"): (0.90, clean(60, stage="shadow", incident_type="bitlocker")),
     ("standard", "overrides.0.stages.canary.alpha"): (0.01, clean(100, stage="shadow", incident_type="bitlocker")),
@@ -122,6 +165,7 @@ CHANGES: dict[tuple[str, str], tuple[Any, Decide]] = {
     ("high_risk", "demotion.failing_rule"): ("warn", r(counted(16, 24))),
     ("high_risk", "demotion.floor"): (0.60, r(counted(16, 24))),
     ("high_risk", "demotion.alpha"): (0.0001, r(counted(16, 24))),
+    ("high_risk", "rollout.own_episodes"): (5, p(stage="canary", own_successes=7, **NAMED)),
     ("legacy", "threshold.min_occurrences"): (6, p(stage="none", occurrences=5, successes=5)),
     ("legacy", "threshold.min_success_rate"): (0.80, p(stage="none", occurrences=20, successes=17)),
     ("legacy", "demotion.failing_rule"): (
@@ -181,7 +225,7 @@ def test_no_value_that_a_policy_may_state_goes_untried():
 
 def test_name_and_version_change_no_decision_but_the_hash_that_stands_on_each():
     policy = load_policy("standard")
-    for path, value in (("name", "other"), ("version", 2), ("description", "other words")):
+    for path, value in (("name", "other"), ("version", 3), ("description", "other words")):
         other = changed(policy, path, value)
         assert decide_pattern(pattern(), other) == decide_pattern(pattern(), policy)
         assert other.policy_hash != policy.policy_hash
@@ -194,7 +238,7 @@ def test_changing_this_value_changes_a_decision(name, path):
     if name == "high_risk" and path in WITHOUT_FIRST:
         policy = changed(policy, "approval.required_always", False)
     other = changed(policy, path, value)
-    assert decide(other) != decide(policy)
+    assert decide(other) != decide(policy), decide(policy)
     assert other.policy_hash != policy.policy_hash
 
 
@@ -238,7 +282,7 @@ def test_the_legacy_policy_is_five_occurrences_at_ninety_percent():
         ("  ring: {floor: 0.90, alpha: 0.05}\n", "  ring: {floor: 0.96, alpha: 0.05}\n", "looser"),
         ("      ring: {floor: 0.95, alpha: 0.05}", "      ring: {floor: 0.85, alpha: 0.05}", "looser"),
         ("name: standard", "name: strandard", "names itself"),
-        ("version: 1", "version: [1", "not valid YAML"),
+        ("version: 2", "version: [2", "not valid YAML"),
         ("limits:", "limit:", "limit"),
     ],
 )

@@ -1,23 +1,24 @@
-"""The Great Expectations suite over real rows."""
+"""The contracts of the log and of the catalogue over real rows."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
-from importlib import import_module
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from posts import NOW, post
 
+from flywheel_pipeline.contracts.adapter import judge, judge_contract, read_rows
+from flywheel_pipeline.contracts.declared import Expectation, ExpectationResult
 from flywheel_pipeline.telemetry.intake import post_execution
-from flywheel_pipeline.telemetry.suite import ExpectationResult, latest_rows, run_suite
+from flywheel_pipeline.telemetry.suite import TELEMETRY
 
 
-def judge(engine: sa.Engine, **options: Any) -> dict[str, ExpectationResult]:
+def judge_log(engine: sa.Engine) -> dict[str, ExpectationResult]:
     with engine.connect() as connection:
-        frame = latest_rows(connection)
-    return {result.name: result for result in run_suite(frame, as_of=NOW, **options)}
+        results, _rows = judge_contract(connection, TELEMETRY, NOW)
+    return {result.name: result for result in results}
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def telemetry(engine: sa.Engine) -> sa.Engine:
 
 
 def test_rows_that_came_by_the_intake_keep_the_suite(telemetry: sa.Engine):
-    results = judge(telemetry)
+    results = judge_log(telemetry)
     assert len(results) > 20
     assert [result for result in results.values() if not result.passed] == []
     assert all(isinstance(result.passed, bool) for result in results.values())
@@ -44,7 +45,7 @@ def test_rows_that_came_past_the_intake_are_counted_and_shown(telemetry: sa.Engi
             ),
             {"start": NOW + timedelta(days=2), "end": NOW},
         )
-    failing = {name: result for name, result in judge(telemetry).items() if not result.passed}
+    failing = {name: result for name, result in judge_log(telemetry).items() if not result.passed}
     assert {
         "site_id values to match regex",
         "resolution_level values to be in set",
@@ -53,25 +54,28 @@ def test_rows_that_came_past_the_intake_are_counted_and_shown(telemetry: sa.Engi
         "duration_seconds values to be between",
     } <= failing.keys()
     level = failing["resolution_level values to be in set"]
-    assert (level.offenders, level.sample, level.severity, level.error) == (1, ("L9",), "critical", None)
+    assert (level.offenders, level.sample, level.severity, level.error) == (
+        1,
+        ("bad: resolution_level=L9",),
+        "critical",
+        None,
+    )
 
 
 def test_a_table_without_rows_is_not_called_sound(engine: sa.Engine):
-    assert not judge(engine)["table row count to be between"].passed
+    assert not judge_log(engine)["table row count to be between"].passed
 
 
 def test_an_expectation_that_cannot_be_judged_is_an_error_and_no_pass(telemetry: sa.Engine):
-    gx = import_module("great_expectations")
-    gxe = import_module("great_expectations.expectations")
-    broken = gx.ExpectationSuite(
-        name="broken", expectations=[gxe.ExpectColumnValuesToNotBeNull(column="no_such_column")]
-    )
-    (result,) = judge(telemetry, suite=broken).values()
+    with telemetry.connect() as connection:
+        frame = read_rows(connection, TELEMETRY)
+    broken = Expectation("expect_column_values_to_not_be_null", {"column": "no_such_column"}, "It is not there.")
+    (result,) = judge(frame, [broken])
     assert not result.passed
     assert "no_such_column" in (result.error or "")
 
 
 def test_only_the_latest_rows_are_looked_at(telemetry: sa.Engine):
     with telemetry.connect() as connection:
-        frame = latest_rows(connection, limit=2)
+        frame = read_rows(connection, replace(TELEMETRY, parameters={"rows": 2}))
     assert list(frame["execution_id"]) == ["exec-2", "exec-1"]

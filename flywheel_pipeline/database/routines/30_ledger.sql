@@ -13,8 +13,10 @@ INSERT INTO edges VALUES
   ('proposed', 'none', 'proposed', 'a pattern became a rule that no machine runs yet'),
   ('promoted', 'proposed', 'fleet', 'to every machine at once, as the legacy policy does'),
   ('advanced', 'proposed', 'shadow', 'would-fires are recorded, nothing runs'),
-  ('advanced', 'shadow', 'canary', 'one site, then at most a tenth'),
-  ('advanced', 'canary', 'ring', 'a quarter, then half of the sites'),
+  ('advanced', 'shadow', 'canary', 'one site'),
+  ('widened', 'canary', 'canary', 'at most a tenth of the sites'),
+  ('advanced', 'canary', 'ring', 'a quarter of the sites'),
+  ('widened', 'ring', 'ring', 'half of the sites'),
   ('advanced', 'ring', 'fleet', 'every machine'),
   ('quarantined', 'proposed', 'quarantined', 'out of service, with reason'),
   ('quarantined', 'shadow', 'quarantined', 'out of service, with reason'),
@@ -132,7 +134,21 @@ BEGIN
     RAISE EXCEPTION 'rule %: version and content change by re-admission only', NEW.rule_id;
   END IF;
 
-  IF NEW.kind IN ('proposed', 'readmitted', 'promoted', 'advanced') THEN
+  -- Steps within canary and ring. A rule that stands there without one entered before there were steps: in the canary it
+  -- has its tenth already, in the ring its quarter.
+  IF NEW.kind = 'widened' THEN
+    NEW.rollout_step := coalesce(NEW.rollout_step, 2);
+    IF NEW.rollout_step <> 2 OR coalesce(rule.rollout_step, CASE rule.state WHEN 'canary' THEN 2 ELSE 1 END) <> 1 THEN
+      RAISE EXCEPTION 'rule %: a % is widened once, from its first step to its second', NEW.rule_id, NEW.from_state;
+    END IF;
+  ELSE
+    IF coalesce(NEW.rollout_step, 1) <> 1 THEN
+      RAISE EXCEPTION 'rule %: a stage begins with its first step, not with step %', NEW.rule_id, NEW.rollout_step;
+    END IF;
+    NEW.rollout_step := CASE WHEN NEW.to_state IN ('canary', 'ring') THEN 1 END;
+  END IF;
+
+  IF NEW.kind IN ('proposed', 'readmitted', 'promoted', 'advanced', 'widened') THEN
     problem := flywheel_runbook_problem(NEW.definition ->> 'runbook_id', NEW.definition ->> 'platform');
     IF problem IS NOT NULL THEN RAISE EXCEPTION 'rule %: %', NEW.rule_id, problem; END IF;
     IF flywheel_conditions_empty(NEW.definition -> 'incident_pattern') THEN
@@ -140,7 +156,11 @@ BEGIN
     END IF;
   END IF;
 
-  IF NEW.kind IN ('promoted', 'advanced') THEN
+  IF NEW.kind IN ('promoted', 'advanced', 'widened') THEN
+    IF (SELECT act FROM human_acts WHERE subject_kind = 'rule' AND subject_id = NEW.rule_id AND act IN ('pause', 'resume')
+        ORDER BY act_id DESC LIMIT 1) = 'pause' THEN
+      RAISE EXCEPTION 'rule %: its rollout is paused', NEW.rule_id USING HINT = 'flywheel rollout RULE resume ends the pause';
+    END IF;
     SELECT * INTO batch FROM refresh_batches WHERE batch_id = NEW.batch_id;
     IF batch.batch_id IS NULL OR batch.refreshed_at IS NULL THEN
       RAISE EXCEPTION 'rule %: no batch with refreshed aggregates stands behind this promotion', NEW.rule_id
@@ -165,7 +185,9 @@ BEGIN
        OR (decision.subject_kind = 'rule' AND decision.subject_id IS DISTINCT FROM NEW.rule_id) THEN
       RAISE EXCEPTION 'rule %: no decision of batch % promotes it', NEW.rule_id, NEW.batch_id;
     END IF;
-    IF (NEW.from_state = 'proposed' AND (NEW.kind = 'promoted') IS DISTINCT FROM (decision.verdict = 'promote'))
+    IF (decision.evidence ? 'step' AND (decision.evidence ->> 'step')::int IS DISTINCT FROM rule.rollout_step)
+       OR (NEW.kind = 'widened' AND NOT coalesce(decision.evidence ? 'step', false))
+       OR (NEW.from_state = 'proposed' AND (NEW.kind = 'promoted') IS DISTINCT FROM (decision.verdict = 'promote'))
        OR (decision.subject_kind = 'pattern' AND coalesce(nullif(decision.evidence ->> 'stage', 'none'), 'proposed') IS DISTINCT FROM NEW.from_state) THEN
       RAISE EXCEPTION 'rule %: decision % is for another step than % from %', NEW.rule_id, NEW.decision_id, NEW.kind, NEW.from_state
         USING HINT = 'each step is decided on its own';
@@ -192,21 +214,22 @@ BEGIN
   RETURN NEW;
 END $$;
 
-CREATE OR REPLACE FUNCTION flywheel_fold_event() RETURNS trigger LANGUAGE plpgsql
+-- As its owner: whoever may append an event needs no right of his own to write the registry.
+CREATE OR REPLACE FUNCTION flywheel_fold_event() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
 BEGIN
   INSERT INTO l1_rules AS r (rule_id, incident_pattern, runbook_id, confidence, promoted_from_l2, enabled, created_at, source,
-      platform, pattern_key, state, rule_version, content_hash, state_reason, state_actor, state_at, last_event_id)
+      platform, pattern_key, state, rule_version, content_hash, state_reason, state_actor, state_at, last_event_id, rollout_step)
   VALUES (NEW.rule_id, NEW.definition -> 'incident_pattern', NEW.definition ->> 'runbook_id', (NEW.definition ->> 'confidence')::double precision,
       (NEW.definition ->> 'promoted_from_l2')::boolean, flywheel_state_is_enabled(NEW.to_state), NEW.occurred_at, NEW.definition ->> 'source',
       NEW.definition ->> 'platform', NEW.definition ->> 'pattern_key', NEW.to_state, NEW.rule_version, NEW.content_hash,
-      NEW.reason, NEW.actor, NEW.occurred_at, NEW.event_id)
+      NEW.reason, NEW.actor, NEW.occurred_at, NEW.event_id, NEW.rollout_step)
   ON CONFLICT (rule_id) DO UPDATE SET
       incident_pattern = excluded.incident_pattern, runbook_id = excluded.runbook_id, confidence = excluded.confidence,
       promoted_from_l2 = excluded.promoted_from_l2, enabled = excluded.enabled, source = excluded.source, platform = excluded.platform,
       pattern_key = excluded.pattern_key, state = excluded.state, rule_version = excluded.rule_version, content_hash = excluded.content_hash,
       state_reason = excluded.state_reason, state_actor = excluded.state_actor, state_at = excluded.state_at,
-      last_event_id = excluded.last_event_id, updated_at = excluded.state_at;
+      last_event_id = excluded.last_event_id, rollout_step = excluded.rollout_step, updated_at = excluded.state_at;
   PERFORM pg_notify('flywheel_ledger', NEW.rule_id);
   RETURN NULL;
 END $$;
@@ -219,11 +242,11 @@ BEGIN
   SELECT * INTO e FROM rule_events WHERE rule_id = NEW.rule_id ORDER BY event_id DESC LIMIT 1;
   IF e.event_id IS NULL OR (
       NEW.last_event_id, NEW.state, NEW.enabled, NEW.rule_version, NEW.content_hash, NEW.incident_pattern, NEW.runbook_id,
-      NEW.platform, NEW.source, NEW.promoted_from_l2, NEW.pattern_key, NEW.state_reason, NEW.state_actor, NEW.state_at
+      NEW.platform, NEW.source, NEW.promoted_from_l2, NEW.pattern_key, NEW.state_reason, NEW.state_actor, NEW.state_at, NEW.rollout_step
     ) IS DISTINCT FROM (
       e.event_id, e.to_state, flywheel_state_is_enabled(e.to_state), e.rule_version, e.content_hash, e.definition -> 'incident_pattern',
       e.definition ->> 'runbook_id', e.definition ->> 'platform', e.definition ->> 'source', (e.definition ->> 'promoted_from_l2')::boolean,
-      e.definition ->> 'pattern_key', e.reason, e.actor, e.occurred_at) THEN
+      e.definition ->> 'pattern_key', e.reason, e.actor, e.occurred_at, e.rollout_step) THEN
     RAISE EXCEPTION 'rule %: l1_rules holds only what its ledger says', NEW.rule_id
       USING HINT = 'change a rule by an event: flywheel quarantine, readmit or retire, with actor and reason';
   END IF;

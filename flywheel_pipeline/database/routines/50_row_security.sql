@@ -1,0 +1,60 @@
+-- Row-level security: what a session that speaks for an appliance may see and write. The agent API sets the role
+-- flywheel_agent_api and these two settings in each of its transactions, also where it connects as the owner, so that no
+-- query of it, wrong or hostile, reaches another site. For every other role nothing changes: the first condition of each
+-- policy lets it pass. Owners and superusers are never held by policies; the role of the session is what counts.
+
+CREATE OR REPLACE FUNCTION flywheel_speaks_for_an_appliance() RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE AS $$
+  SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'flywheel_agent_api') AND current_user = 'flywheel_agent_api'
+$$;
+COMMENT ON FUNCTION flywheel_speaks_for_an_appliance() IS 'Whether this session has the role of the agent API';
+
+-- A site is covered under its own name and under the names it had: a renamed site keeps its appliances. Security definer:
+-- the role need not read the aliases.
+CREATE OR REPLACE FUNCTION flywheel_session_sites() RETURNS text[] LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = public, pg_temp AS $$
+  SELECT array_agg(s.site_id) FROM (
+    SELECT nullif(current_setting('flywheel.site_id', true), '') AS site_id
+    UNION SELECT a.alias FROM site_aliases AS a WHERE a.site_id = nullif(current_setting('flywheel.site_id', true), '')
+    UNION SELECT a.site_id FROM site_aliases AS a WHERE a.alias = nullif(current_setting('flywheel.site_id', true), '')
+  ) AS s WHERE s.site_id IS NOT NULL
+$$;
+COMMENT ON FUNCTION flywheel_session_sites() IS 'The names of the site this session speaks for; null: none, so nothing is visible';
+
+CREATE OR REPLACE FUNCTION flywheel_session_appliance() RETURNS text LANGUAGE sql STABLE PARALLEL SAFE AS $$
+  SELECT nullif(current_setting('flywheel.appliance_id', true), '')
+$$;
+
+-- Sub-selects, so that each is evaluated once a statement and not once a row.
+ALTER TABLE execution_telemetry ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_site ON execution_telemetry;
+CREATE POLICY flywheel_own_site ON execution_telemetry TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]))
+  WITH CHECK (NOT (SELECT flywheel_speaks_for_an_appliance())
+    OR (site_id = ANY ((SELECT flywheel_session_sites())::text[])
+        AND appliance_id IN ((SELECT flywheel_session_appliance()), 'unknown')));
+
+ALTER TABLE appliances ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON appliances;
+CREATE POLICY flywheel_own_appliance ON appliances TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR appliance_id = (SELECT flywheel_session_appliance()));
+
+ALTER TABLE rule_manifests ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON rule_manifests;
+CREATE POLICY flywheel_own_appliance ON rule_manifests TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR appliance_id = (SELECT flywheel_session_appliance()));
+
+ALTER TABLE appliance_commands ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON appliance_commands;
+CREATE POLICY flywheel_own_appliance ON appliance_commands TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR appliance_id = (SELECT flywheel_session_appliance()));
+
+ALTER TABLE sites ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_site ON sites;
+CREATE POLICY flywheel_own_site ON sites TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]));
+
+-- What an appliance sent in vain it may add to the rejects and see again, nothing else of them.
+ALTER TABLE telemetry_rejects ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_source ON telemetry_rejects;
+CREATE POLICY flywheel_own_source ON telemetry_rejects TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR source = 'agent ' || (SELECT flywheel_session_appliance()));
