@@ -21,8 +21,8 @@ columns:
   runbook_id: [text, the runbook that ran or the pseudo-runbook reported]
   platform: [text, "windows, linux, macos or unknown"]
   hostname: [text, the host]
-  first_at: [timestamptz, first execution]
-  last_at: [timestamptz, last execution; the outcome is settled 24 hours later]
+  first_at: [timestamptz, first execution that is not synthetic; null where all are]
+  last_at: [timestamptz, "last such execution; the outcome is settled 24 hours later"]
   executions: [bigint, all but synthetic]
   raw_successes: [bigint, reported as success]
   raw_failures: [bigint, not reported as success]
@@ -59,8 +59,8 @@ SELECT
   runbook_id,
   platform,
   hostname,
-  min(event_at) AS first_at,
-  max(event_at) AS last_at,
+  min(event_at) FILTER (WHERE outcome_class <> 'synthetic') AS first_at,
+  max(event_at) FILTER (WHERE outcome_class <> 'synthetic') AS last_at,
   count(*) FILTER (WHERE outcome_class <> 'synthetic') AS executions,
   count(*) FILTER (WHERE outcome_class <> 'synthetic' AND success) AS raw_successes,
   count(*) FILTER (WHERE outcome_class <> 'synthetic' AND NOT success) AS raw_failures,

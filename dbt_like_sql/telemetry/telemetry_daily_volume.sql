@@ -6,7 +6,7 @@ cell: day
 grain: one row per site, UTC day, level and agent version
 description: >
   How much telemetry there is, from whom, and when the last of it arrived.
-  A site or an agent release that stops reporting shows here first.
+  A site or an agent release that stops reporting shows here first. Chaos and test rows are counted, and are no sign of life.
 owner: team:data-platform
 key: [site_id, day, level, agent_version]
 columns:
@@ -17,8 +17,8 @@ columns:
   executions: [bigint, rows with a credible event time]
   raw_successes: [bigint, reported as success]
   synthetic: [bigint, chaos and test rows among them]
-  last_event_at: [timestamptz, newest event]
-  last_arrival_at: [timestamptz, newest arrival]
+  last_event_at: [timestamptz, newest event that is not synthetic; null where all are]
+  last_arrival_at: [timestamptz, newest arrival of such an event]
 consumers: [telemetry_freshness check, agent_releases_report check, flywheel status]
 ---*/
 SELECT
@@ -29,7 +29,7 @@ SELECT
   count(*) AS executions,
   count(*) FILTER (WHERE success) AS raw_successes,
   count(*) FILTER (WHERE outcome_class = 'synthetic') AS synthetic,
-  max(event_at) AS last_event_at,
-  max(created_at) AS last_arrival_at
+  max(event_at) FILTER (WHERE outcome_class <> 'synthetic') AS last_event_at,
+  max(created_at) FILTER (WHERE outcome_class <> 'synthetic') AS last_arrival_at
 FROM executions
 GROUP BY site_id, day, level, coalesce(agent_version, 'unknown')

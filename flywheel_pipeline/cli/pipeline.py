@@ -11,6 +11,7 @@ import sqlalchemy as sa
 import typer
 from rich.markup import escape
 
+from flywheel_pipeline.cli import simulation
 from flywheel_pipeline.cli.terminal import err, open_database, out, percent, print_json, print_table, progress
 
 JSON = typer.Option(False, "--json", help="Print one JSON document.")
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("up")(up)
     app.command("status")(status)
+    simulation.register(simulate)
     app.add_typer(simulate, name="simulate")
 
 

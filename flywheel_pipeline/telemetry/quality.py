@@ -110,11 +110,11 @@ def agent_releases_report(connection: sa.Connection, now: dt.datetime) -> Findin
         connection.execute(
             sa.text(
                 """
-                SELECT agent_version, sum(executions) AS executions_of_week, max(last_event_at) AS last_event_at
+                SELECT agent_version, sum(executions - synthetic) AS executions_of_week, max(last_event_at) AS last_event_at
                 FROM telemetry_daily_volume
                 WHERE last_event_at >= :week AND agent_version <> 'unknown'
                 GROUP BY agent_version
-                HAVING sum(executions) >= 70 AND max(last_event_at) < :silent
+                HAVING sum(executions - synthetic) >= 70 AND max(last_event_at) < :silent
                 ORDER BY max(last_event_at)
                 """
             ),

@@ -132,8 +132,8 @@ def _episodes(executions: list[dict[str, Any]]) -> Table:
         last = max(rated, key=lambda r: (r["event_at"], r["execution_id"]), default=None)
         healed = not refired and last is not None and last["class"] == "success"
         table[values] = {
-            "first_at": min(r["event_at"] for r in rows),
-            "last_at": max(r["event_at"] for r in rows),
+            "first_at": min((r["event_at"] for r in counted), default=None),
+            "last_at": max((r["event_at"] for r in counted), default=None),
             "executions": len(counted),
             "raw_successes": sum(r["success"] for r in counted),
             "raw_failures": sum(not r["success"] for r in counted),
@@ -162,8 +162,8 @@ def _rolled_up(episodes: Table, level: str, key: list[str], also: list[str]) -> 
             "episodes": sum(e["executions"] > 0 for e in group),
             "rated_episodes": sum(e["outcome"] != "unrated" for e in group),
             "successful_episodes": sum(e["outcome"] == "success" for e in group),
-            "first_at": min(e["first_at"] for e in group),
-            "last_at": max(e["last_at"] for e in group),
+            "first_at": min((e["first_at"] for e in group if e["first_at"]), default=None),
+            "last_at": max((e["last_at"] for e in group if e["last_at"]), default=None),
             **{name: group[0][name] for name in also},
         }
         for values, group in _grouped(rows, key).items()
@@ -214,8 +214,8 @@ def expected(connection: sa.Connection, *, sites: Sequence[str] | None = None) -
                 "executions": len(group),
                 "raw_successes": sum(e["success"] for e in group),
                 "synthetic": sum(e["class"] == "synthetic" for e in group),
-                "last_event_at": max(e["event_at"] for e in group),
-                "last_arrival_at": max(e["created_at"] for e in group),
+                "last_event_at": max((e["event_at"] for e in group if e["class"] != "synthetic"), default=None),
+                "last_arrival_at": max((e["created_at"] for e in group if e["class"] != "synthetic"), default=None),
             }
             for key, group in volume.items()
         },
