@@ -106,8 +106,8 @@ def _counts(connection: sa.Connection, truth: Mapping[str, Any]) -> list[dict[st
     where = "chaos_campaign_id = :campaign" if campaign else "true"
     values = {"campaign": campaign} if campaign else {}
     rows = connection.execute(
-        sa.text(f"SELECT count(*) FROM execution_telemetry WHERE {where}"),
-        values,  # noqa: S608 (constants)
+        sa.text(f"SELECT count(*) FROM execution_telemetry WHERE {where}"),  # noqa: S608 (constants)
+        values,
     ).scalar_one()
     found = [
         _figure("executions in the log (planted - found = lost)", planted["executions"], rows),
@@ -270,7 +270,7 @@ def _is_good(policy: Policy, pattern: Mapping[str, Any]) -> bool:
     """
     floor = _fleet_floor(policy, "fleet", pattern["incident_type"])
     lowest = min(entry["rate"] for entry in pattern["true_rates"])
-    return lowest > floor and pattern["expect"] != "never" and pattern["chosen_share"] >= 0.9
+    return bool(lowest > floor and pattern["expect"] != "never" and pattern["chosen_share"] >= 0.9)
 
 
 def _is_false(policy: Policy, pattern: Mapping[str, Any], stage: str, rate: float | None) -> bool:
