@@ -66,6 +66,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         ),
         "sealed_days": (_R,),
         "sites": (_R,),
+        "site_aliases": (_R,),
         "appliances": (
             _R,
             *_only(
@@ -80,7 +81,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         ),
         "rule_manifests": (_R,),
         "manifest_contents": (_R,),
-        "appliance_commands": (_R, *_only(_U, "status", "delivered_at", "acknowledged_at", "status_reason")),
+        "appliance_commands": (_R, *_only(_U, "status", "delivered_at", "acknowledged_at", "status_reason", "told_at")),
     },
     PIPELINE: {
         "touched_cells": _WRITE,

@@ -92,7 +92,7 @@ def two_sites(engine: Engine) -> Engine:
             "INSERT INTO rule_manifests (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, batch_id) "
             "SELECT appliance_id, site_id, repeat('0', 64), '[]', '[]', 0, 1 FROM appliances; "
             "INSERT INTO appliance_commands (appliance_id, command_type) SELECT appliance_id, 'sync_promoted_rule' FROM appliances; "
-            "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('old-a', 'site-a', 'Dana', 'renamed'); "
+            "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('old-a', 'site-a', 'Dana', 'renamed'), ('old-b', 'site-b', 'Dana', 'renamed'); "
             "INSERT INTO appliance_tokens (appliance_id, site_id, token_hash, issued_by, reason) "
             "VALUES ('site-a-01', 'site-a', repeat('a', 64), 'Dana', 'first')"
         )
@@ -161,7 +161,6 @@ def test_the_agent_role_touches_no_rule_ledger_token_or_alias(two_sites: Engine)
             "rule_events",
             "patterns",
             "appliance_tokens",
-            "site_aliases",
             "human_acts",
             "rule_scorecard",
             "executions",
@@ -173,6 +172,7 @@ def test_the_agent_role_touches_no_rule_ledger_token_or_alias(two_sites: Engine)
             "DELETE FROM execution_telemetry",
             "UPDATE rule_manifests SET rules = '[]'",
             "UPDATE appliances SET site_id = 'site-b'",
+            "UPDATE site_aliases SET site_id = 'site-b'",
             "UPDATE appliance_commands SET params = '{}'",
             "INSERT INTO appliance_commands (appliance_id, command_type) VALUES ('site-a-01', 'x')",
             "INSERT INTO touched_cells (site_id, day) VALUES ('site-b', now())",
@@ -190,6 +190,7 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
                 ("rule_manifests", "appliance_id"),
                 ("appliance_commands", "appliance_id"),
                 ("sites", "site_id"),
+                ("site_aliases", "alias"),
             )
         }
 
@@ -197,10 +198,11 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
         own = ["site-a-01"]
         assert seen(connection) == {
             "execution_telemetry": ["old-a", "site-a"],
-            "appliances": own,
+            "appliances": ["site-a-01", "site-a-02"],
             "rule_manifests": own,
             "appliance_commands": own,
             "sites": ["site-a"],
+            "site_aliases": ["old-a"],
         }
         for table in ("appliances", "appliance_commands"):
             column = "status"
@@ -225,7 +227,8 @@ def test_an_appliances_session_cannot_write_for_another_site_or_take_over_its_ex
         assert not refused(connection, insert.format(id="mine", site="old-a", appliance="unknown"))
         assert refused(connection, insert.format(id="x", site="site-b", appliance="site-a-01"))
         assert refused(connection, insert.format(id="x", site="site-a", appliance="site-b-01"))
-        assert refused(connection, insert.format(id="x", site="site-a", appliance="site-a-02"))
+        assert not refused(connection, insert.format(id="x", site="site-a", appliance="site-a-02"))  # a colleague
+        assert refused(connection, insert.format(id="x", site="site-a", appliance="site-a-99"))
         takeover = insert.format(id=theirs, site="site-a", appliance="site-a-01")
         assert refused(
             connection, f"{takeover} ON CONFLICT (execution_id) DO UPDATE SET success = false, site_id = 'site-a'"
@@ -249,9 +252,15 @@ def test_no_text_in_the_session_settings_opens_another_site(two_sites: Engine, s
     with as_role(two_sites, roles.AGENT_API, site_id=site, appliance_id=appliance) as connection:
         rows = {"site-a": 2, "old-a": 2, "site-b": 1}.get(site, 0)
         assert connection.exec_driver_sql("SELECT count(*) FROM execution_telemetry").scalar_one() == rows
-        assert connection.exec_driver_sql("SELECT count(*) FROM appliances").scalar_one() == (
-            1 if appliance in ("site-a-01", "site-a-02", "site-b-01") else 0
-        )
+        own = {"site-a-01", "site-a-02", "site-b-01"} & {appliance}
+        colleagues = {
+            "site-a": {"site-a-01", "site-a-02"},
+            "old-a": {"site-a-01", "site-a-02"},
+            "site-b": {"site-b-01"},
+        }
+        seen = set(connection.exec_driver_sql("SELECT appliance_id FROM appliances").scalars())
+        assert seen == own | colleagues.get(site, set())
+        assert connection.exec_driver_sql("UPDATE appliances SET status = status").rowcount == len(own)
 
 
 def under(engine: Engine, role: str) -> Engine:

@@ -24,6 +24,13 @@ CREATE OR REPLACE FUNCTION flywheel_session_appliance() RETURNS text LANGUAGE sq
   SELECT nullif(current_setting('flywheel.appliance_id', true), '')
 $$;
 
+-- Appliances of one site may report for each other: a gateway forwards what its neighbour could not send.
+CREATE OR REPLACE FUNCTION flywheel_session_appliances() RETURNS text[] LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = public, pg_temp AS $$
+  SELECT array_agg(appliance_id) FROM appliances WHERE site_id = ANY (flywheel_session_sites())
+$$;
+COMMENT ON FUNCTION flywheel_session_appliances() IS 'The appliances registered at the site this session speaks for';
+
 -- Sub-selects, so that each is evaluated once a statement and not once a row.
 ALTER TABLE execution_telemetry ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_site ON execution_telemetry;
@@ -31,12 +38,16 @@ CREATE POLICY flywheel_own_site ON execution_telemetry TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]))
   WITH CHECK (NOT (SELECT flywheel_speaks_for_an_appliance())
     OR (site_id = ANY ((SELECT flywheel_session_sites())::text[])
-        AND appliance_id IN ((SELECT flywheel_session_appliance()), 'unknown')));
+        AND (appliance_id IN ((SELECT flywheel_session_appliance()), 'unknown')
+             OR appliance_id = ANY ((SELECT flywheel_session_appliances())::text[]))));
 
 ALTER TABLE appliances ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_appliance ON appliances;
 CREATE POLICY flywheel_own_appliance ON appliances TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR appliance_id = (SELECT flywheel_session_appliance()));
+DROP POLICY IF EXISTS flywheel_own_site ON appliances;
+CREATE POLICY flywheel_own_site ON appliances FOR SELECT TO PUBLIC
+  USING ((SELECT flywheel_speaks_for_an_appliance()) AND site_id = ANY ((SELECT flywheel_session_sites())::text[]));
 
 ALTER TABLE rule_manifests ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_appliance ON rule_manifests;
@@ -53,8 +64,13 @@ DROP POLICY IF EXISTS flywheel_own_site ON sites;
 CREATE POLICY flywheel_own_site ON sites TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]));
 
+ALTER TABLE site_aliases ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_site ON site_aliases;
+CREATE POLICY flywheel_own_site ON site_aliases TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]));
+
 -- What an appliance sent in vain it may add to the rejects and see again, nothing else of them.
 ALTER TABLE telemetry_rejects ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_source ON telemetry_rejects;
 CREATE POLICY flywheel_own_source ON telemetry_rejects TO PUBLIC
-  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR source = 'agent ' || (SELECT flywheel_session_appliance()));
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR source = 'appliance:' || (SELECT flywheel_session_appliance()));

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import psycopg
 import sqlalchemy as sa
 
+from flywheel_pipeline.database.roles import AGENT_API
 from flywheel_pipeline.delivery.api.problems import Problem
 from flywheel_pipeline.delivery.tokens import Caller
 
@@ -28,16 +29,22 @@ READERS = 4
 WRITERS = 4
 
 
-_SPEAK: Final = "SELECT set_config('flywheel.site_id', %s, true), set_config('flywheel.appliance_id', %s, true)"
+#: The role is missing only where the database's owner may create none; `flywheel db roles` and the server's log say so.
+_SPEAK: Final = (
+    "SELECT set_config('flywheel.site_id', %s, true), set_config('flywheel.appliance_id', %s, true), "
+    "set_config('role', coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = %s), 'none'), true)"
+)
 
 
 def speak_for(connection: psycopg.Connection[Any], caller: Caller) -> None:
-    """Begin the transaction of an authenticated appliance: it speaks for that one until it ends, as row security reads.
+    """Begin the transaction of an authenticated appliance: it speaks for that one alone until it ends.
+
+    Its role is that of the agent API, so that row security holds it, whatever the server's own role may do.
 
     Every statement that an appliance's request makes runs behind this, but for the look-up of its token and its sign of
     life, which precede it.
     """
-    connection.execute(_SPEAK, (caller.site_id, caller.appliance_id))
+    connection.execute(_SPEAK, (caller.site_id, caller.appliance_id, AGENT_API))
 
 
 class Connections:
