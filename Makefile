@@ -3,7 +3,8 @@
 #   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
 #   make up     plays that day unless it was played before, then the Dagster UI with its daemon; Ctrl-C stops them
 #   make test   lint and all tests
-#   make faults the fault suite, and a soak of 210 random faults; make faults QUICK=1 takes a minute or two
+#   make faults every fault test, then a soak of 210 random faults under eight writers; make faults QUICK=1 a short one
+#   make audit  known vulnerabilities of the locked dependencies (asks pypi.org)
 #   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	then echo $$p; break; fi; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: run up test lint faults bench clean install lock
+.PHONY: run up test lint faults audit bench clean install lock
 .DEFAULT_GOAL := run
 
 run: install
@@ -35,8 +36,11 @@ lint: install
 	$(BIN)/mypy
 
 faults: install
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -m "faults or long"
 	$(BIN)/python tests/faults/soak.py $(if $(QUICK),--quick)
+
+audit: install
+	$(BIN)/pip-audit --requirement requirements.lock --require-hashes --no-deps --disable-pip
 
 bench: install
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)

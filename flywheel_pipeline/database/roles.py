@@ -183,6 +183,10 @@ def _open_dagster(connection: sa.Connection) -> Iterator[str]:
     _say(connection, "GRANT USAGE, CREATE ON SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
     _say(connection, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
     _say(connection, "GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
+    # And on what Dagster is yet to make there, as the role of this upgrade.
+    later = "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT "
+    _say(connection, later + "SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}", DAGSTER_SCHEMA, PIPELINE)
+    _say(connection, later + "USAGE, SELECT ON SEQUENCES TO {}", DAGSTER_SCHEMA, PIPELINE)
     yield f"schema {DAGSTER_SCHEMA} opened to {PIPELINE}"
 
 

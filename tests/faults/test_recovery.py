@@ -32,6 +32,7 @@ def test_a_run_gives_its_sign_as_long_as_its_connection_lives(engine: sa.Engine)
     assert not gives_sign(engine, "run-1")
 
 
+@pytest.mark.long
 @pytest.mark.daemon
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds run workers in /proc")

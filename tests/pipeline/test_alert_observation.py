@@ -260,13 +260,13 @@ def test_the_sensor_tells_in_numbers_what_it_saw(world: World) -> None:
     for daemon in observe.WATCHED_DAEMONS:
         world.instance.add_daemon_heartbeat(DaemonHeartbeat(time.time(), daemon, "test"))
     repository = build_defs().get_repository_def()
-    context = dg.build_sensor_context(
+    with dg.build_sensor_context(
         instance=world.instance,
         repository_def=repository,
         sensor_name="alerts",
         resources={"database": FlywheelDatabase(url=world.engine.url.render_as_string(hide_password=False))},
-    )
-    tick = repository.get_sensor_def("alerts").evaluate_tick(context)
+    ) as context:
+        tick = repository.get_sensor_def("alerts").evaluate_tick(context)
     assert not tick.run_requests
     assert tick.skip_message is not None
     assert "0 raised, 0 changed, 0 recovered, 0 escalated; 0 alerts open; 0 notifications sent" in tick.skip_message

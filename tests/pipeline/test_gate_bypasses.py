@@ -175,7 +175,7 @@ def test_a_failed_gate_promotes_nothing_and_stops_no_quarantine(graph: Graph, ga
     assert {name for name, verdict in graph.verdicts().items() if verdict == "fail"} == {gate}
     assert failed_steps(result) == {STEP_OF_GATE[gate]}
     assert not {"apply", "deliver"} & finished_steps(result)
-    assert {"rule_quarantines", "health_checks"} <= finished_steps(result)
+    assert {"demote", "health_checks"} <= finished_steps(result)
     assert graph.promotions() == []
     assert graph.quarantines() == 11
     # What is out of service is out of every manifest, although nothing was delivered in this run.

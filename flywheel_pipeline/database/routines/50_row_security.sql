@@ -38,7 +38,7 @@ CREATE POLICY flywheel_own_site ON execution_telemetry TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR site_id = ANY ((SELECT flywheel_session_sites())::text[]))
   WITH CHECK (NOT (SELECT flywheel_speaks_for_an_appliance())
     OR (site_id = ANY ((SELECT flywheel_session_sites())::text[])
-        AND (appliance_id IN ((SELECT flywheel_session_appliance()), 'unknown')
+        AND (appliance_id = (SELECT flywheel_session_appliance()) OR appliance_id = 'unknown'
              OR appliance_id = ANY ((SELECT flywheel_session_appliances())::text[]))));
 
 ALTER TABLE appliances ENABLE ROW LEVEL SECURITY;
