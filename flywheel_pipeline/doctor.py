@@ -388,6 +388,14 @@ def _quarantines(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         ") IN ('quarantined', 'retired') ORDER BY 1",
         "a quarantined rule is enabled",
     )
+    # Sites alone: a release may be installed after the manifest was written, which the next delivery mends.
+    yield from _rows(
+        connection,
+        "SELECT m.appliance_id, q.rule_id, q.scope_value AS site_id, q.since FROM quarantined_scopes AS q "
+        "JOIN rule_manifests AS m ON m.site_id = q.scope_value "
+        "AND m.rules @> jsonb_build_array(jsonb_build_object('id', q.rule_id)) WHERE q.scope_kind = 'site' ORDER BY 1, 2",
+        "a rule is served at a site where it is quarantined",
+    )
 
 
 # Manifests written before contents stood in a table of their own name none: each of those is its own content.

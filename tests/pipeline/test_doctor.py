@@ -74,6 +74,13 @@ FAULTS: dict[str, tuple[int, str]] = {
         6,
         "UPDATE l1_rules SET enabled = false, state = 'quarantined' WHERE rule_id = 'RB-AUTO-FIREWALL'",
     ),
+    "a rule served where it is quarantined": (
+        6,
+        "INSERT INTO scope_quarantines (rule_id, rule_version, kind, scope_kind, scope_value, actor, reason, content_hash) "
+        "SELECT r.rule_id, r.rule_version, 'quarantined', 'site', m.site_id, 'Dana', 'it fails here', r.content_hash "
+        "FROM l1_rules AS r JOIN rule_manifests AS m ON m.rules @> jsonb_build_array(jsonb_build_object('id', r.rule_id)) "
+        "WHERE r.rule_id = 'RB-AUTO-FIREWALL' ORDER BY m.site_id LIMIT 1",
+    ),
     "a manifest edited": (
         7,
         "UPDATE rule_manifests SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
