@@ -21,7 +21,6 @@ OWNER = ["team:data-platform"]
 # Views over every episode of every rule in service: counting their rows would cost more than the run.
 PAGES = 10  # failing rules whose whole answer a materialization shows; all of them stand in the table
 MODEL_COST = 3_000.0  # planner cost (tens of ms) above which the cells are not counted on each run
-PLOTTED = 3  # of those computed in this run, whose plots it shows; the worst rule's are always there
 ATTRIBUTION = ("rule_failure_cells",)  # models of this room that the attribution materializes
 NOT_COUNTED = ("rule_episodes", "cusum_steps", "rule_cusum")
 
@@ -147,7 +146,6 @@ def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             kept = kept_attributions(connection, done.failing)
             model = materialization_metadata(connection, cells, cost_limit=MODEL_COST)
         ordered = [kept[rule_id] for rule_id in done.failing if rule_id in kept]
-        plotted = {*done.computed[:PLOTTED], *done.failing[:1]}
         metadata: dict[str, Any] = {
             "dagster/row_count": len(ordered),
             "failing_rules": len(done.failing),
@@ -175,7 +173,7 @@ def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         for answer in ordered[:PAGES]:
             name = _metadata_key(answer.rule_id)
             metadata[f"why {name}"] = dg.MetadataValue.md(answer.page)
-            if answer.rule_id in plotted:
+            if answer.plots:
                 metadata[f"plot {name}"] = dg.MetadataValue.md(
                     "\n\n".join(f"![{what} of {name}]({uri})" for what, uri in sorted(answer.plots.items()))
                 )

@@ -68,8 +68,10 @@ def no_failing_rules(connection: sa.Connection) -> Finding:
 
 def _why_page(answer: Kept) -> dict[str, str]:
     """Of the worst rule: where and what fails, from the raw to the adjusted rate; of the others the table says enough."""
-    plot = f"![from the raw to the adjusted rate]({answer.plots['waterfall']})"
-    return {"why_the_first_fails": answer.page, "waterfall_of_the_first": plot}
+    pages = {"why_the_first_fails": answer.page}
+    if "waterfall" in answer.plots:
+        pages["waterfall_of_the_first"] = f"![from the raw to the adjusted rate]({answer.plots['waterfall']})"
+    return pages
 
 
 def _no_failing_rules(engine: sa.Engine, batch: Batch, _tags: Mapping[str, str]) -> Finding:

@@ -23,6 +23,7 @@ from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW
 METHOD = "1"  # raise it where the same evidence gives another answer: every answer is then computed anew
 GROWTH = 0.01  # of the executions: a rule of a million is not read again for each of them ...
 AT_LATEST = dt.timedelta(minutes=15)  # ... but its answer is never older than this, once it changed
+PLOTTED = 1  # of the failing rules, worst first, whose plots are drawn (0.6 s each); `flywheel why` draws any
 LOCK = 7380407443113377797  # one attribution at a time, whoever asks
 
 
@@ -97,11 +98,17 @@ def update_attributions(connection: sa.Connection, *, batch_id: int | None = Non
     if dropped:
         connection.execute(sa.delete(rule_attributions).where(rule_attributions.c.rule_id.in_(dropped)))
     if due:
-        _compute(connection, due, hashes, batch_id)
+        _compute(connection, due, hashes, batch_id, frozenset(failing[:PLOTTED]))
     return Update(tuple(failing), tuple(due), tuple(dropped), time.perf_counter() - started)
 
 
-def _compute(connection: sa.Connection, due: Sequence[str], hashes: Mapping[str, str], batch_id: int | None) -> None:
+def _compute(
+    connection: sa.Connection,
+    due: Sequence[str],
+    hashes: Mapping[str, str],
+    batch_id: int | None,
+    plotted: frozenset[str],
+) -> None:
     from flywheel_pipeline.health import report, why  # numpy and matplotlib: only where there is something to say
 
     answers = why.attribute(connection, due)
@@ -113,7 +120,7 @@ def _compute(connection: sa.Connection, due: Sequence[str], hashes: Mapping[str,
             "sentence": report.sentence(answer),
             "result": report.as_json(answer),
             "page": report.markdown(answer),
-            "plots": report.plots(answer),
+            "plots": report.plots(answer) if rule_id in plotted else {},
             "batch_id": batch_id,
             "computed_at": sa.func.clock_timestamp(),
         }
