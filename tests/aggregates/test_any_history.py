@@ -383,7 +383,7 @@ def test_figures_equal_a_recount_after_any_history(server: EmbeddedServer, templ
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("FLYWHEEL_HISTORIES", "6")),
+            max_examples=int(os.environ.get("FLYWHEEL_HISTORIES", "4")),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

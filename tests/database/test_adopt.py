@@ -306,7 +306,14 @@ def test_a_writer_with_few_rights_is_not_locked_out(old: sa.Engine) -> None:
         run(old, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
-@pytest.mark.parametrize("at", ["execution_telemetry.tags", "seed builtin", "adopted"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param("execution_telemetry.tags", marks=pytest.mark.long),
+        "seed builtin",
+        pytest.param("adopted", marks=pytest.mark.long),
+    ],
+)
 def test_a_failure_in_the_middle_leaves_the_old_database_as_it_was(old: sa.Engine, at: str) -> None:
     catalog, contents = old_system.fingerprint(old), old_system.contents(old)
 
@@ -419,6 +426,7 @@ def test_a_trigger_of_another_table_that_writes_counters_is_told(old: sa.Engine)
     assert any("count_twice on portal.tickets, which stays" in note for note in adopt.dry_run(old).notes)
 
 
+@pytest.mark.long
 def test_a_trigger_that_sets_counters_in_the_row_is_retired_and_comes_back_disabled_as_it_was(old: sa.Engine) -> None:
     run(
         old,
@@ -433,6 +441,7 @@ def test_a_trigger_that_sets_counters_in_the_row_is_retired_and_comes_back_disab
     assert old_system.fingerprint(old) == catalog
 
 
+@pytest.mark.long
 def test_a_rate_that_was_stored_is_computed_and_comes_back_with_its_values(old: sa.Engine) -> None:
     run(
         old,
@@ -502,6 +511,7 @@ def test_an_undo_keeps_what_came_since_and_what_was_decided_since(adopted: sa.En
     assert "patterns.status: checked for new rows only" in kept
 
 
+@pytest.mark.long
 def test_an_undone_adoption_can_be_made_again(adopted: sa.Engine) -> None:
     counters = old_system.rows(adopted, "l1_rules", ["rule_id", "match_count", "success_count", "state"])
     adopt.undo(adopted)
@@ -511,7 +521,9 @@ def test_an_undone_adoption_can_be_made_again(adopted: sa.Engine) -> None:
     assert adopt.undo(adopted).archive == "flywheel_undone_2"
 
 
-@pytest.mark.parametrize("at", ["took back l1_rules.success_rate", "Flywheel's own tables"])
+@pytest.mark.parametrize(
+    "at", [pytest.param("took back l1_rules.success_rate", marks=pytest.mark.long), "Flywheel's own tables"]
+)
 def test_an_undo_that_breaks_off_leaves_the_adopted_database_as_it_was(adopted: sa.Engine, at: str) -> None:
     catalog, contents = old_system.fingerprint(adopted), old_system.contents(adopted)
 
@@ -524,6 +536,7 @@ def test_an_undo_that_breaks_off_leaves_the_adopted_database_as_it_was(adopted: 
     assert (old_system.fingerprint(adopted), old_system.contents(adopted)) == (catalog, contents)
 
 
+@pytest.mark.long
 def test_an_undo_names_the_view_that_reads_what_has_to_go(adopted: sa.Engine) -> None:
     run(adopted, "CREATE VIEW portal.mine AS SELECT rule_id, matches FROM rule_scorecard")
     with pytest.raises(SchemaMismatch, match=r"view portal\.mine depends on view rule_scorecard"):

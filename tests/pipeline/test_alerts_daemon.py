@@ -19,7 +19,7 @@ from test_daemon import INSERT, free_port, processes_of
 sys.path.insert(0, str(Path(__file__).parents[1] / "health"))
 from receiver import Receiver
 
-pytestmark = [pytest.mark.daemon, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.daemon, pytest.mark.timeout(300)]
 
 CHECK = "no_open_rejects on telemetry_violations"
 REJECT = (
