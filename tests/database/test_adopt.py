@@ -143,6 +143,7 @@ def test_a_dry_run_lists_every_change_and_touches_nothing(old: sa.Engine) -> Non
     assert any("bump_rule" in note for note in plan.notes)
 
 
+@pytest.mark.long
 def test_a_dry_run_does_not_wait_for_writers(old: sa.Engine) -> None:
     with old.begin() as writer:
         writer.exec_driver_sql("UPDATE l1_rules SET match_count = match_count + 1")
@@ -231,6 +232,7 @@ def test_rules_enter_the_ledger_as_they_stood(old: sa.Engine) -> None:
     assert (bitlocker["platform"], bitlocker["pattern_key"]) == ("windows", "bitlocker_status~RB-WIN-SEC-005~windows")
 
 
+@pytest.mark.long
 def test_patterns_get_the_platform_and_key_that_the_replay_knows(adopted: sa.Engine) -> None:
     found = by_key(old_system.rows(adopted, "patterns"), "pattern_id")
     known = by_key(old_system.replay().patterns, "pattern_id")
@@ -253,6 +255,7 @@ def test_an_adopted_database_has_no_differences_and_a_second_adoption_changes_no
     assert (old_system.fingerprint(adopted), old_system.contents(adopted)) == (catalog, contents)
 
 
+@pytest.mark.long
 def test_what_changes_later_in_the_old_parts_is_a_difference(adopted: sa.Engine) -> None:
     run(
         adopted,
@@ -287,6 +290,7 @@ def test_old_writers_and_the_intake_both_go_on(adopted: sa.Engine, tmp_path: Pat
     assert recount(adopted).differences == 0
 
 
+@pytest.mark.long
 def test_a_writer_with_few_rights_is_not_locked_out(old: sa.Engine) -> None:
     role = f"old_writer_{old.url.database}"
     run(old, f"CREATE ROLE {role}", f"GRANT SELECT, INSERT, UPDATE ON execution_telemetry, l1_rules TO {role}")
@@ -326,6 +330,7 @@ def test_a_failure_in_the_middle_leaves_the_old_database_as_it_was(old: sa.Engin
     assert (old_system.fingerprint(old), old_system.contents(old)) == (catalog, contents)
 
 
+@pytest.mark.long
 def test_an_adoption_waits_for_writers_and_none_of_their_rows_is_missed(old: sa.Engine) -> None:
     expected = counted(old)["RB-AUTO-FIREWALL"][0] + 1
     with old.connect() as writer:
@@ -342,6 +347,7 @@ def test_an_adoption_waits_for_writers_and_none_of_their_rows_is_missed(old: sa.
     assert by_key(old_system.rows(old, "l1_rules"), "rule_id")["RB-AUTO-FIREWALL"]["match_count"] == expected
 
 
+@pytest.mark.long
 def test_a_writer_who_does_not_let_go_ends_it_in_a_sentence(old: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adopt, "LOCK_TIMEOUT_SECONDS", 1)
     with old.begin() as writer:
@@ -416,6 +422,7 @@ def test_rows_that_row_security_hides_stand_in_the_way(old: sa.Engine) -> None:
         run(old, "ALTER TABLE l1_rules OWNER TO flywheel", f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
+@pytest.mark.long
 def test_a_trigger_of_another_table_that_writes_counters_is_told(old: sa.Engine) -> None:
     run(
         old,
@@ -484,6 +491,7 @@ def test_an_undo_gives_everything_back_as_it_was(old: sa.Engine) -> None:
         adopt.undo(old)
 
 
+@pytest.mark.long
 def test_an_undo_keeps_what_came_since_and_what_was_decided_since(adopted: sa.Engine, tmp_path: Path) -> None:
     file = tmp_path / "posts.ndjson"
     newer = [post for post in old_system.replay().morning_posts if post["execution"].get("rule_id")][:50]
@@ -524,6 +532,7 @@ def test_an_undone_adoption_can_be_made_again(adopted: sa.Engine) -> None:
 @pytest.mark.parametrize(
     "at", [pytest.param("took back l1_rules.success_rate", marks=pytest.mark.long), "Flywheel's own tables"]
 )
+@pytest.mark.long
 def test_an_undo_that_breaks_off_leaves_the_adopted_database_as_it_was(adopted: sa.Engine, at: str) -> None:
     catalog, contents = old_system.fingerprint(adopted), old_system.contents(adopted)
 
@@ -605,6 +614,7 @@ def command(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return lambda *arguments: CliRunner().invoke(app, ["adopt", *arguments], catch_exceptions=True)
 
 
+@pytest.mark.long
 def test_the_command_shows_applies_and_takes_back(old: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     adopt_command = command(old, monkeypatch)
     dry = adopt_command()
@@ -622,6 +632,7 @@ def test_the_command_shows_applies_and_takes_back(old: sa.Engine, monkeypatch: p
     assert "are back" in undone.stdout
 
 
+@pytest.mark.long
 def test_the_command_exits_with_4_where_something_stands_in_the_way(
     old: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,6 +642,7 @@ def test_the_command_exits_with_4_where_something_stands_in_the_way(
     assert '"table": "episodes"' in dry.stdout
 
 
+@pytest.mark.long
 def test_an_upgrade_of_an_old_database_points_to_the_adoption(old: sa.Engine) -> None:
     with pytest.raises(SchemaMismatch) as refusal:
         migrate.upgrade(old)
@@ -638,6 +650,7 @@ def test_an_upgrade_of_an_old_database_points_to_the_adoption(old: sa.Engine) ->
     assert "flywheel adopt" in refusal.value.hint
 
 
+@pytest.mark.long
 def test_a_database_without_the_old_tables_has_nothing_to_adopt(empty_engine: sa.Engine, engine: sa.Engine) -> None:
     with pytest.raises(UsageError, match="holds no execution_telemetry and no l1_rules"):
         adopt.dry_run(empty_engine)

@@ -27,6 +27,7 @@ def test_upgrade_twice_and_check_on_another_postgresql(url: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.long
 def test_an_adoption_and_its_undo_on_another_postgresql(url: str) -> None:
     postgres = open_engine(url).execution_options(isolation_level="AUTOCOMMIT")
     with postgres.connect() as connection:

@@ -177,6 +177,7 @@ def test_checks_gates_and_crashes_alert_once_each_and_the_cause_alone(world: Wor
     assert world.look() == [("recovered", "pass", "check:source.soft")]
 
 
+@pytest.mark.long
 def test_a_fresh_watch_on_an_old_history_tells_the_present_alone(world: World) -> None:
     for state in ("fail", "pass", "fail", "pass"):
         world.run(soft=state, behind=state)
@@ -184,6 +185,7 @@ def test_a_fresh_watch_on_an_old_history_tells_the_present_alone(world: World) -
     assert world.look() == [("raised", "fail", "check:source.soft")]
 
 
+@pytest.mark.long
 def test_quarantines_and_stuck_patterns_are_told_and_recover(engine: sa.Engine) -> None:
     with Receiver() as receiver:
         alerting = Alerting(parse_channels(f"a={receiver.url}", {}), AlertRules(stuck_after_days=10))
@@ -224,6 +226,7 @@ def test_quarantines_and_stuck_patterns_are_told_and_recover(engine: sa.Engine) 
         assert pass_(now + dt.timedelta(days=2)).observations == 1  # p2 is stuck by then
 
 
+@pytest.mark.long
 def test_a_silent_daemon_is_told_by_its_parent_and_its_return_by_itself(world: World) -> None:
     def beat(seconds_ago: float) -> None:
         for daemon in observe.WATCHED_DAEMONS:
@@ -272,6 +275,7 @@ def test_the_sensor_tells_in_numbers_what_it_saw(world: World) -> None:
     assert "0 raised, 0 changed, 0 recovered, 0 escalated; 0 alerts open; 0 notifications sent" in tick.skip_message
 
 
+@pytest.mark.long
 def test_the_commands_list_acknowledge_test_and_send(
     world: World, run_command: Flywheel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,7 @@ def test_lists_are_json_too(flywheel: Flywheel) -> None:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_figure_that_is_off_fails_the_simulation(flywheel_writing: Flywheel, played_copy: sa.Engine) -> None:
     with played_copy.begin() as connection:
         connection.exec_driver_sql(

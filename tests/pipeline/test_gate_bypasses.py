@@ -50,6 +50,7 @@ def test_without_a_bypass_the_same_day_promotes_three_rules(graph: Graph) -> Non
     assert set(graph.verdicts().values()) == {"pass"}
 
 
+@pytest.mark.long
 def test_materialising_the_ledger_alone_promotes_nothing(graph: Graph) -> None:
     events = _events(graph)
     result = graph.run(assets=["rule_events", "l1_rules"])
@@ -112,6 +113,7 @@ def test_a_gate_that_cannot_ask_its_question_leaves_an_error_and_promotes_nothin
 
 
 @pytest.mark.parametrize("gate", first_and_long(["success_floor", "telemetry_freshness", "counters_equal_recount"]))
+@pytest.mark.long
 def test_a_gate_whose_verdict_cannot_be_written_promotes_nothing(graph: Graph, gate: str) -> None:
     graph.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'disk full'; END $$"
@@ -128,6 +130,7 @@ def test_a_gate_whose_verdict_cannot_be_written_promotes_nothing(graph: Graph, g
     assert graph.quarantines() == 11
 
 
+@pytest.mark.long
 def test_a_check_that_crashes_before_the_gate_leaves_it_without_a_verdict(graph: Graph) -> None:
     graph.execute("ALTER TABLE telemetry_violations RENAME TO gone")
     result = graph.run()
@@ -206,6 +209,7 @@ def test_a_required_gate_that_nobody_answers_blocks(graph: Graph) -> None:
     assert graph.quarantines() == 11
 
 
+@pytest.mark.long
 def test_no_required_gates_at_all_is_no_open_door(graph: Graph) -> None:
     graph.execute("DELETE FROM required_gates")
     result = graph.run()
@@ -214,6 +218,7 @@ def test_no_required_gates_at_all_is_no_open_door(graph: Graph) -> None:
     assert graph.quarantines() == 11
 
 
+@pytest.mark.long
 def test_a_refresh_in_between_makes_the_verdicts_those_of_another_day(graph: Graph) -> None:
     graph.execute(
         "CREATE FUNCTION overtake() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -231,6 +236,7 @@ def test_a_refresh_in_between_makes_the_verdicts_those_of_another_day(graph: Gra
     assert graph.quarantines() == 11
 
 
+@pytest.mark.long
 def test_a_freeze_stops_promotion_and_not_demotion_and_a_thaw_lets_the_next_run_promote(graph: Graph) -> None:
     act(graph.engine, "freeze", [], actor="on-call", reason="a bad agent release")
     result = graph.run()
@@ -246,6 +252,7 @@ def test_a_freeze_stops_promotion_and_not_demotion_and_a_thaw_lets_the_next_run_
     assert len(graph.promotions()) == 3
 
 
+@pytest.mark.long
 def test_re_executing_a_failed_run_from_its_failure_promotes_nothing(
     staged: sa.Engine, environment: Environment, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_types_that_share_eight_characters_become_two_rules_with_their_own_count
     assert statuses == {"service_spooler": "promoted", "service_w32time": "promoted", "service_wuauserv": "pending"}
 
 
+@pytest.mark.long
 def test_a_placeholder_leaves_service_and_the_good_rule_of_the_same_form_stays(engine: sa.Engine) -> None:
     lived = live(engine, "placeholder_beside_rule")
     assert lived.wrong == []
@@ -60,6 +61,7 @@ def test_a_success_only_past_decides_nothing(engine: sa.Engine) -> None:
     assert lived.pattern("service_spooler")["state"] == "canary"
 
 
+@pytest.mark.long
 def test_a_day_that_arrives_twice_counts_once(engine: sa.Engine) -> None:
     lived = live(engine, "replayed_batch")
     assert lived.wrong == []
@@ -84,6 +86,7 @@ def test_successes_that_turn_into_failures_change_every_counter_and_promote_noth
     assert lived.pattern("audit_policy")["stages"] == {}
 
 
+@pytest.mark.long
 def test_a_pattern_that_two_appliances_report_is_one_rule_for_both(engine: sa.Engine) -> None:
     lived = live(engine, "two_appliances")
     assert lived.wrong == []
@@ -114,6 +117,7 @@ def test_a_renamed_site_takes_its_history_with_it(engine: sa.Engine) -> None:
     assert carried == lived.truth["counts"]["sites"]["sim-riverside"] > stranded > 0
 
 
+@pytest.mark.long
 def test_nothing_is_promoted_that_a_tenth_of_the_agents_could_not_run(engine: sa.Engine) -> None:
     lived = live(engine, "stale_agent")
     assert lived.wrong == []
@@ -145,6 +149,7 @@ def test_rules_that_fail_from_the_start_or_from_one_day_on_leave_service_and_a_g
     assert not served & {"RB-AUTO-BITLOCKE", "RB-AUTO-AUDIT_PO"}
 
 
+@pytest.mark.long
 def test_a_fix_that_is_reverted_within_the_day_is_no_success(engine: sa.Engine) -> None:
     lived = live(engine, "flapping_host")
     assert lived.wrong == []
@@ -167,6 +172,7 @@ def test_lab_rows_teach_nothing(engine: sa.Engine) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_blanket_reenable_revives_nothing(engine: sa.Engine) -> None:
     lived = live(engine, "blanket_reenable")
     assert lived.wrong == []
@@ -195,6 +201,7 @@ def test_a_runbook_that_l2_chose_only_where_it_works_is_held_by_its_selection_sh
     assert lived.pattern("audit_policy")["observed_rate"] >= 0.95
 
 
+@pytest.mark.long
 def test_in_rough_weather_nothing_is_lost_counted_twice_or_let_in(engine: sa.Engine) -> None:
     lived = live(engine, "rough_weather")
     assert lived.wrong == []
@@ -279,6 +286,7 @@ def test_a_full_spectrum_campaign_on_the_hosts_of_production_changes_no_figure(e
     assert _production(engine) == before
 
 
+@pytest.mark.long
 def test_a_campaign_alone_promotes_nothing_and_is_not_suppressed(engine: sa.Engine) -> None:
     lived = live(engine, "full_spectrum")
     assert lived.wrong == []
@@ -304,6 +312,7 @@ def test_a_campaign_does_not_make_silent_production_look_fresh(engine: sa.Engine
 
 
 @pytest.mark.parametrize("campaign", [None, "chaos-1"])
+@pytest.mark.long
 def test_a_database_of_production_takes_campaigns_only(engine: sa.Engine, campaign: str | None) -> None:
     from flywheel_pipeline.errors import UsageError
 

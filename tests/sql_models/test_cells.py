@@ -410,6 +410,7 @@ def test_recomputing_the_touched_cells_after_any_change_equals_a_full_recompute(
 @example(  # the second day undoes the success of the first, from outside the scope and under the old name
     rows=[(1, "a", "h1", 40, True), (2, "old-a", "h1", 50, True)], scope={("a", FIRST_DAY)}
 )
+@pytest.mark.long
 def test_the_rows_of_a_scope_equal_those_of_the_full_result_for_the_shipped_models(
     engine: sa.Engine, rows: list[tuple[int, str, str, int, bool]], scope: set[Cell]
 ) -> None:
