@@ -35,11 +35,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as profile:
         chrome = webdriver.ChromeOptions()
         chrome.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or "chromium"
-        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1800,1150"):
+        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1700,1000"):
             chrome.add_argument(flag)
         driver = webdriver.Chrome(options=chrome, service=webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            take(driver, f"{options.url}/asset-groups", "rule_manifests", options.out / "asset-graph.png")
+            take(driver, f"{options.url}/asset-groups", "promotion", options.out / "asset-graph.png")
             take(
                 driver,
                 f"{options.url}/assets/rule_quarantines?view=checks&checkDetail=no_failing_rules",
