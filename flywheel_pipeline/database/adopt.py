@@ -399,10 +399,7 @@ class _Undoer:
             ).scalar_one()
             if not others:
                 execute(self.connection, f"ALTER TABLE {relation} DISABLE ROW LEVEL SECURITY")
-        known = self.connection.execute(
-            sa.text("SELECT rolname::text FROM pg_roles WHERE rolname = ANY(:roles)"), {"roles": list(roles.MEANING)}
-        ).scalars()
-        for role in known.all():
+        for role in sorted(roles.existing(self.connection)):
             for table in sorted(had):
                 execute(self.connection, f"REVOKE ALL ON {quote(table)} FROM {quote(role)}")
 

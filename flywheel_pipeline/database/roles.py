@@ -136,7 +136,8 @@ def apply_roles(connection: sa.Connection) -> Iterator[str]:
     An owner who may not create roles gets none: `flywheel db roles` then says what is missing and how an administrator
     adds it. Nothing that Flywheel itself does depends on them where it connects as the owner.
     """
-    missing = [role for role in MEANING if role not in _existing(connection)]
+    known = existing(connection)
+    missing = [role for role in MEANING if role not in known]
     if missing and not _may_create_roles(connection):
         return
     for role in missing:
@@ -168,7 +169,7 @@ WHERE c.relnamespace = to_regnamespace(:schema) AND c.relkind IN ('r', 'S')
 
 
 def _open_dagster(connection: sa.Connection) -> Iterator[str]:
-    if PIPELINE not in _existing(connection):
+    if PIPELINE not in existing(connection):
         return
     values = {"schema": DAGSTER_SCHEMA, "role": PIPELINE}
     closed = connection.execute(sa.text(_DAGSTER_CLOSED), values).all()
@@ -192,7 +193,7 @@ def _open_dagster(connection: sa.Connection) -> Iterator[str]:
 
 def states(connection: sa.Connection) -> list[RoleState]:
     """Return each role as it stands."""
-    existing = _existing(connection)
+    known = existing(connection)
     differing = differences(connection)
     members: dict[str, list[str]] = {role: [] for role in MEANING}
     for row in connection.execute(
@@ -208,10 +209,9 @@ def states(connection: sa.Connection) -> list[RoleState]:
         RoleState(
             role,
             meaning,
-            role in existing,
+            role in known,
             tuple(members[role]),
-            len(differing.get(role, ((), ()))[0]),
-            len(differing.get(role, ((), ()))[1]),
+            *map(len, differing.get(role, ((), ()))),
         )
         for role, meaning in MEANING.items()
     ]
@@ -244,8 +244,8 @@ def expected(connection: sa.Connection) -> dict[str, set[tuple[str, str]]]:
 
 def differences(connection: sa.Connection) -> dict[str, tuple[set[tuple[str, str]], set[tuple[str, str]]]]:
     """Return {role: (missing, surplus)} of the roles that exist; privileges as `GRANTS` writes them."""
-    existing = _existing(connection)
-    granted: dict[str, set[tuple[str, str]]] = {role: set() for role in existing}
+    known = existing(connection)
+    granted: dict[str, set[tuple[str, str]]] = {role: set() for role in known}
     for row in connection.execute(
         sa.text(
             """
@@ -264,10 +264,11 @@ def differences(connection: sa.Connection) -> dict[str, tuple[set[tuple[str, str
         privilege = row.privilege if row.attname is None else f"{row.privilege} ({row.attname})"
         granted[row.role].add((row.relation, privilege))
     wanted = expected(connection)
-    return {role: (wanted[role] - granted[role], granted[role] - wanted[role]) for role in MEANING if role in existing}
+    return {role: (wanted[role] - granted[role], granted[role] - wanted[role]) for role in MEANING if role in known}
 
 
-def _existing(connection: sa.Connection) -> set[str]:
+def existing(connection: sa.Connection) -> set[str]:
+    """Return which of the roles this server has."""
     return set(
         connection.execute(
             sa.text("SELECT rolname::text FROM pg_roles WHERE rolname = ANY(:roles)"), {"roles": list(MEANING)}

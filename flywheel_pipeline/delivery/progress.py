@@ -6,14 +6,13 @@ Belongs here: the figures of one materialization and their picture. Does not bel
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from flywheel_pipeline.delivery.capability import parse_version
+from flywheel_pipeline.sql_models.metadata import png_uri
 
 STATES = ("executed", "acknowledged", "delivered", "queued", "promoted", "withheld")
 STAGES = ("canary", "ring", "fleet")
@@ -117,11 +116,4 @@ def plot_progress(progress: Sequence[Progress]) -> str:
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, fontsize=7, frameon=False)
-    uri = ""
-    for dpi in (110, 80, 60, 45, 30):
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=dpi)
-        uri = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
-        if len(uri) <= MAX_PLOT_BYTES:
-            break
-    return uri
+    return png_uri(figure, MAX_PLOT_BYTES)

@@ -6,13 +6,13 @@ alerting. A template carries no host name, address, account or path, so it may l
 
 from __future__ import annotations
 
-import base64
-import io
 import ipaddress
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from flywheel_pipeline.sql_models.metadata import png_uri
 
 # The order in which a class is taken out of the rate (gate.md section 1): first the rows that say nothing
 # about the rule, last those it did not finish itself. failure and success stay and make the adjusted rate.
@@ -350,10 +350,4 @@ def plot_waterfall(steps: Sequence[WaterfallStep], title: str) -> str:
     axes.tick_params(axis="x", labelsize=7)
     axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    for dpi in (110, 80, 60, 45, 30):
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=dpi)
-        uri = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
-        if len(uri) <= MAX_PLOT_BYTES:
-            break
-    return uri
+    return png_uri(figure, MAX_PLOT_BYTES)

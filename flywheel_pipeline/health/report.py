@@ -6,8 +6,6 @@ redacted already, so it may be shown to the whole fleet.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from flywheel_pipeline.health.attribution import (
 )
 from flywheel_pipeline.health.redaction import WITHHELD
 from flywheel_pipeline.promotion.plain import plain
-from flywheel_pipeline.sql_models.metadata import escape_markdown, markdown_table
+from flywheel_pipeline.sql_models.metadata import escape_markdown, markdown_table, png_uri
 
 if TYPE_CHECKING:
     from flywheel_pipeline.health.segments import Condition, Segment
@@ -282,10 +280,4 @@ def plot_rate(attribution: Attribution) -> str:
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axes.tick_params(labelsize=7)
     axes.set_title(f"{attribution.rule_id}: success rate by day", fontsize=9, loc="left", pad=14)
-    for dpi in (110, 80, 60, 45, 30):
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=dpi)
-        uri = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
-        if len(uri) <= MAX_PLOT_BYTES:
-            break
-    return uri
+    return png_uri(figure, MAX_PLOT_BYTES)

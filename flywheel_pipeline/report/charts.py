@@ -112,6 +112,26 @@ def volume(days: Sequence[Mapping[str, Any]]) -> Chart:
     )
 
 
+def _labels() -> Any:
+    """The labels of bars, on the left, in the order that each row gives itself."""
+    import altair as alt
+
+    return alt.Y(
+        "label:N",
+        sort=alt.EncodingSortField("order", order="ascending"),
+        title=None,
+        axis=alt.Axis(
+            domain=False,
+            ticks=False,
+            labelFontSize=12,
+            labelColor=INK,
+            labelLimit=320,
+            labelPadding=8,
+            minExtent=LABELS,
+        ),
+    )
+
+
 def bars(rows: Sequence[tuple[str, int, str]], alt_text: str, caption: str) -> Chart:
     """Draw a bar per (label, count, colour), in the order given, the count at its end."""
     import altair as alt
@@ -121,20 +141,7 @@ def bars(rows: Sequence[tuple[str, int, str]], alt_text: str, caption: str) -> C
         for i, (label, n, colour) in enumerate(rows)
     ]
     base = alt.Chart(alt.InlineData(values=values)).encode(
-        y=alt.Y(
-            "label:N",
-            sort=alt.EncodingSortField("order", order="ascending"),
-            title=None,
-            axis=alt.Axis(
-                domain=False,
-                ticks=False,
-                labelFontSize=12,
-                labelColor=INK,
-                labelLimit=320,
-                labelPadding=8,
-                minExtent=LABELS,
-            ),
-        ),
+        y=_labels(),
         x=alt.X("n:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1.15 * max(1, *(n for _, n, _ in rows))])),
     )
     bar = base.mark_bar(height=alt.RelativeBandSize(0.72)).encode(color=alt.Color("colour:N", scale=None))
@@ -156,22 +163,7 @@ def waterfall(steps: Sequence[WaterfallStep], rule_id: str) -> Chart:
         }
         for i, step in enumerate(steps)
     ]
-    base = alt.Chart(alt.InlineData(values=values)).encode(
-        y=alt.Y(
-            "label:N",
-            sort=alt.EncodingSortField("order", order="ascending"),
-            title=None,
-            axis=alt.Axis(
-                domain=False,
-                ticks=False,
-                labelFontSize=12,
-                labelColor=INK,
-                labelLimit=320,
-                labelPadding=8,
-                minExtent=LABELS,
-            ),
-        )
-    )
+    base = alt.Chart(alt.InlineData(values=values)).encode(y=_labels())
     scale = alt.Scale(domain=[0, 1.5 * max(1, steps[0].executions)])
     x = alt.X("executions:Q", title=None, axis=None, scale=scale)
     every = base.mark_bar(color=GREY, height=alt.RelativeBandSize(0.7)).encode(x=x)

@@ -1,19 +1,24 @@
 """Turning values from the database and from numpy into values that Dagster metadata accepts.
 
-Belongs here: coercion and small markdown tables, for all rooms. Does not belong here: what is worth showing.
+Belongs here: coercion, small markdown tables and plots as text, for all rooms. Does not belong here: what is worth showing.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import datetime as dt
 import decimal
 import enum
+import io
 import math
 import pathlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LONGEST_CELL = 120
 # What telemetry reports is text, never a link, an image or a style of the page that shows it.
@@ -118,3 +123,18 @@ def _cell(value: Any, longest: int) -> str:
 def escape_markdown(text: str) -> str:
     """Text as Markdown that shows it as it is: `<n>` is no HTML, `[x](y)` no link, a bar ends no cell."""
     return text.translate(_MARKDOWN)
+
+
+def png_uri(figure: Figure, longest: int) -> str:
+    """A drawn figure as a PNG `data:` URI, in the finest of a few resolutions that needs at most `longest` characters.
+
+    Where even the coarsest needs more, it is the coarsest.
+    """
+    uri = ""
+    for dpi in (110, 80, 60, 45, 30):
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=dpi)
+        uri = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
+        if len(uri) <= longest:
+            break
+    return uri

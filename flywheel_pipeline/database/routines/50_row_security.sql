@@ -4,7 +4,7 @@
 -- policy lets it pass. Owners and superusers are never held by policies; the role of the session is what counts.
 
 CREATE OR REPLACE FUNCTION flywheel_speaks_for_an_appliance() RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE AS $$
-  SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'flywheel_agent_api') AND current_user = 'flywheel_agent_api'
+  SELECT current_user = 'flywheel_agent_api'
 $$;
 COMMENT ON FUNCTION flywheel_speaks_for_an_appliance() IS 'Whether this session has the role of the agent API';
 
