@@ -6,6 +6,7 @@ Belongs here: servers and databases. Does not belong here: rows of any room.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,18 @@ from flywheel_pipeline.database.engine import open_engine
 
 _numbers = itertools.count(1)
 
+#: Each test copies a database of some five hundred files: in memory, where there is room, that takes a fifth of the time.
+MEMORY = Path("/dev/shm")  # noqa: S108 (made and removed by tempfile)
+ROOM_BYTES = 6 * 2**30
+
+
+def _memory_has_room() -> bool:
+    return MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_BYTES
+
+
+if "TMPDIR" not in os.environ and _memory_has_room():
+    tempfile.tempdir = str(MEMORY)  # pytest's directories are made there too
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
@@ -34,6 +47,7 @@ def server() -> Iterator[EmbeddedServer]:
             "full_page_writes": "off",
             "synchronous_commit": "off",
             "shared_buffers": "128MB",
+            "max_wal_size": "256MB",
         },
     )
     embedded.ensure_running()
