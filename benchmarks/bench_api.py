@@ -40,7 +40,7 @@ import uvloop
 from flywheel_pipeline.database import migrate
 from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
-from flywheel_pipeline.delivery.manifest import manifest_hash
+from flywheel_pipeline.delivery.manifest import content_hash, manifest_hash
 from flywheel_pipeline.delivery.tokens import issue
 
 ROWS_BAR, P99_BAR, MATCHING_BAR, WHOLE_BAR = 5_000, 0.5, 1_000, 200
@@ -275,12 +275,16 @@ def enrol(engine: sa.Engine, appliances: int) -> list[str]:
             ]
             connection.execute(
                 sa.text(
-                    "INSERT INTO rule_manifests (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, batch_id) "
-                    "VALUES (:appliance, :site, :hash, CAST(:rules AS jsonb), '[]', :count, 1)"
+                    "WITH content AS (INSERT INTO manifest_contents "
+                    "(content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions) "
+                    "VALUES (:content, :hash, CAST(:rules AS jsonb), '[]', :count, '{}', '{}') ON CONFLICT DO NOTHING) "
+                    "INSERT INTO appliance_manifests (appliance_id, site_id, content_hash, batch_id) "
+                    "VALUES (:appliance, :site, :content, 1)"
                 ),
                 {
                     "appliance": appliance,
                     "site": site,
+                    "content": content_hash(manifest_hash(rules), "[]"),
                     "hash": manifest_hash(rules),
                     "rules": json.dumps(rules),
                     "count": RULES,

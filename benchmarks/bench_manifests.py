@@ -37,7 +37,7 @@ FROM generate_series(1, :appliances) AS n
 DIFFERENCES = """
 WITH wanted AS (
   SELECT m.appliance_id, e ->> 'id' AS rule_id, (e ->> 'version')::int AS rule_version
-  FROM rule_manifests m CROSS JOIN LATERAL jsonb_array_elements(m.rules) AS e
+  FROM manifest_contents c CROSS JOIN LATERAL jsonb_array_elements(c.rules) AS e JOIN appliance_manifests m USING (content_hash)
   WHERE e ->> 'source' <> 'builtin'
 ),
 commands AS (
@@ -171,7 +171,7 @@ def measure(quick: bool) -> bool:
             with engine.connect() as connection:
                 rewritten = connection.execute(
                     sa.text(
-                        "SELECT count(*) FROM rule_manifests WHERE batch_id = (SELECT max(batch_id) FROM refresh_batches)"
+                        "SELECT count(*) FROM appliance_manifests WHERE batch_id = (SELECT max(batch_id) FROM refresh_batches)"
                     )
                 ).scalar_one()
                 off = connection.execute(sa.text(DIFFERENCES)).scalar_one()

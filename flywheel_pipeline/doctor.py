@@ -398,16 +398,12 @@ def _quarantines(connection: sa.Connection) -> Iterator[dict[str, Any]]:
     )
 
 
-# Manifests written before contents stood in a table of their own name none: each of those is its own content.
 _CONTENTS = """
 SELECT c.content_hash, c.manifest_hash, c.rules, c.withheld, c.rule_count, min(m.appliance_id) AS appliance_id,
        count(m.appliance_id) AS appliances,
        ARRAY(SELECT jsonb_build_array(r.id, r.version) FROM unnest(c.rule_ids, c.rule_versions) AS r (id, version)) AS listed
-FROM manifest_contents AS c LEFT JOIN rule_manifests AS m ON m.content_hash = c.content_hash
+FROM manifest_contents AS c LEFT JOIN appliance_manifests AS m ON m.content_hash = c.content_hash
 GROUP BY c.content_hash
-UNION ALL
-SELECT NULL, manifest_hash, rules, withheld, rule_count, appliance_id, 1, NULL
-FROM rule_manifests WHERE content_hash IS NULL
 ORDER BY 6, 1
 """
 
@@ -420,12 +416,10 @@ def _delivery(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         "WHERE rule_id IS NOT NULL GROUP BY 1, 2, 3, 4 HAVING count(*) > 1 ORDER BY 1, 2",
         "a command stands twice",
     )
-    # Each content is hashed once, however many appliances have it; their rows are then compared with it.
+    # Each content is hashed once, however many appliances have it; a foreign key holds their rows to it.
     for row in connection.execute(sa.text(_CONTENTS)):
         if manifest_hash(row.rules) != row.manifest_hash:
             problem = "a manifest does not have the hash it claims"
-        elif row.content_hash is None:
-            continue
         elif content_hash(row.manifest_hash, canonical_json(row.withheld)) != row.content_hash:
             problem = "what a manifest withholds is not what its hash stands for"
         elif row.rule_count != len(row.rules) or sorted(row.listed) != sorted(
@@ -437,15 +431,13 @@ def _delivery(connection: sa.Connection) -> Iterator[dict[str, Any]]:
         yield {"problem": problem, "appliance_id": row.appliance_id, "appliances": row.appliances}
     yield from _rows(
         connection,
-        "SELECT m.appliance_id, m.content_hash FROM rule_manifests AS m "
-        "LEFT JOIN manifest_contents AS c ON c.content_hash = m.content_hash WHERE m.content_hash IS NOT NULL AND ("
-        "(m.manifest_hash, m.rule_count) IS DISTINCT FROM (c.manifest_hash, c.rule_count) "
-        "OR m.rules IS DISTINCT FROM c.rules OR m.withheld IS DISTINCT FROM c.withheld) ORDER BY 1",
-        "a manifest is not the content that it names",
+        "SELECT m.appliance_id, m.content_hash FROM appliance_manifests AS m WHERE NOT EXISTS "
+        "(SELECT FROM manifest_contents AS c WHERE c.content_hash = m.content_hash) ORDER BY 1",
+        "the content that a manifest names is gone",
     )
     yield from _rows(
         connection,
-        "SELECT m.appliance_id, m.commanded_hash FROM rule_manifests AS m WHERE m.commanded_hash IS NOT NULL AND NOT EXISTS "
+        "SELECT m.appliance_id, m.commanded_hash FROM appliance_manifests AS m WHERE m.commanded_hash IS NOT NULL AND NOT EXISTS "
         "(SELECT FROM manifest_contents AS c WHERE c.content_hash = m.commanded_hash) ORDER BY 1",
         "the content that commands were brought in line with is gone",
     )

@@ -42,7 +42,7 @@ compared AS (
     a.agent_version,
     a.status,
     a.last_checkin,
-    m.manifest_hash AS desired_hash,
+    t.manifest_hash AS desired_hash,
     a.reported_manifest_hash AS reported_hash,
     m.built_at,
     m.drift_since,
@@ -50,13 +50,14 @@ compared AS (
     CASE
       WHEN m.appliance_id IS NULL THEN 'no_manifest'
       WHEN a.reported_manifest_hash IS NULL THEN 'unreported'
-      WHEN a.reported_manifest_hash = m.manifest_hash THEN 'in_step'
+      WHEN a.reported_manifest_hash = t.manifest_hash THEN 'in_step'
       ELSE 'differs'
     END AS drift,
     coalesce(jsonb_array_length(m.tombstones), 0) AS tombstones,
     a.created_at
   FROM appliances AS a
-  LEFT JOIN rule_manifests AS m ON m.appliance_id = a.appliance_id
+  LEFT JOIN appliance_manifests AS m ON m.appliance_id = a.appliance_id
+  LEFT JOIN manifest_contents AS t ON t.content_hash = m.content_hash
   WHERE a.status <> 'retired'
 ),
 dated AS (

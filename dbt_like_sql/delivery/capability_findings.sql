@@ -45,7 +45,7 @@ homes AS (
     a.agent_version,
     a.capabilities
   FROM appliances AS a
-  LEFT JOIN rule_manifests AS m ON m.appliance_id = a.appliance_id
+  LEFT JOIN appliance_manifests AS m ON m.appliance_id = a.appliance_id
   WHERE a.status <> 'retired'
 ),
 held AS (

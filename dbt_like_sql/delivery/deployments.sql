@@ -60,7 +60,7 @@ desired AS (
     c.rule_id,
     c.rule_version,
     c.withheld_reason
-  FROM rule_manifests AS m
+  FROM appliance_manifests AS m
   JOIN listed AS c ON c.content_hash = m.content_hash
 ),
 pairs AS (
@@ -88,7 +88,7 @@ homes AS (
     coalesce(m.site_id, a.site_id) AS site_id,
     count(*) FILTER (WHERE a.status <> 'retired') OVER (PARTITION BY coalesce(m.site_id, a.site_id)) = 1 AS alone
   FROM appliances AS a
-  LEFT JOIN rule_manifests AS m ON m.appliance_id = a.appliance_id
+  LEFT JOIN appliance_manifests AS m ON m.appliance_id = a.appliance_id
 ),
 promotions AS (
   SELECT rule_id, rule_version, min(occurred_at) AS promoted_at,

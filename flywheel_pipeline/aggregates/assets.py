@@ -24,7 +24,7 @@ FEEDBACK = frozenset(
         "outcome_class_rules",
         "rule_aliases",
         "site_aliases",
-        "rule_manifests",
+        "appliance_manifests",
         "appliance_commands",
         "manifest_contents",
         "refresh_batches",

@@ -79,7 +79,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
                 "state_reported_at",
             ),
         ),
-        "rule_manifests": (_R,),
+        "appliance_manifests": (_R,),
         "manifest_contents": (_R,),
         "appliance_commands": (_R, *_only(_U, "status", "delivered_at", "acknowledged_at", "status_reason", "told_at")),
     },
@@ -98,7 +98,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         "patterns": (_R, _I, _U),
         # The counters; the rest is the fold of the ledger, written by the trigger on its events.
         "l1_rules": (_R, *_only(_U, "match_count", "success_count", "failure_count", "updated_at")),
-        "rule_manifests": _WRITE,
+        "appliance_manifests": _WRITE,
         "manifest_contents": _WRITE,
         "rule_conflicts": _WRITE,
         "appliance_commands": (_R, _I, _U),

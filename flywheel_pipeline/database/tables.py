@@ -222,11 +222,6 @@ appliance_commands = sa.Table(
         unique=True,
         postgresql_where=sa.text("rule_id IS NOT NULL"),
     ),
-    sa.Index(
-        "appliance_commands_open_idx",
-        "appliance_id",
-        postgresql_where=sa.text("status IN ('pending', 'delivered')"),
-    ),
     sa.CheckConstraint(
         "status IN ('pending', 'delivered', 'acknowledged', 'failed', 'expired', 'superseded')", name="status"
     ),
@@ -618,20 +613,11 @@ cusum_checkpoints = sa.Table(
 # Delivery room
 # --------------------------------------------------------------------------------------------------
 
-rule_manifests = sa.Table(
-    "rule_manifests",
+appliance_manifests = sa.Table(
+    "appliance_manifests",
     metadata,
     sa.Column("appliance_id", sa.String(255), primary_key=True),
     sa.Column("site_id", sa.String(255), nullable=False),
-    sa.Column("manifest_hash", sa.String(64), nullable=False),
-    sa.Column(
-        "rules",
-        pg.JSONB,
-        nullable=False,
-        comment="what this appliance should run, in its deterministic order",
-    ),
-    sa.Column("withheld", pg.JSONB, nullable=False, comment="enabled rules it cannot run, with the reason"),
-    sa.Column("rule_count", sa.Integer, nullable=False),
     sa.Column("batch_id", sa.BigInteger, nullable=False),
     sa.Column("built_at", Stamp, nullable=False, server_default=NOW),
     sa.Column(
@@ -642,11 +628,16 @@ rule_manifests = sa.Table(
         comment="promoted rules it was told of and must drop: {rule_id, version, reason, since}",
     ),
     sa.Column(
-        "content_hash", sa.String(64), comment="its row of manifest_contents; null: written before there was one"
+        "content_hash",
+        sa.String(64),
+        sa.ForeignKey("manifest_contents.content_hash"),
+        nullable=False,
+        comment="its row of manifest_contents",
     ),
     sa.Column("commanded_hash", sa.String(64), comment="the content that its commands were last brought in line with"),
     sa.Column("drift_since", Stamp, comment="since when the appliance has not reported this rule set; null: it has"),
-    comment="Desired state: one row per appliance.",
+    sa.Index("appliance_manifests_content_idx", "content_hash"),
+    comment="Desired state: one row per appliance; its rules are those of its content.",
 )
 
 manifest_contents = sa.Table(

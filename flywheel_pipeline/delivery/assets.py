@@ -25,18 +25,8 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         name="deliver",
         specs=[
             asset_spec(findings, graph).replace_attributes(deps=["appliance_executions", "appliances"]),
-            dg.AssetSpec(
-                "rule_manifests",
-                group_name="delivery",
-                deps=["l1_rules", "appliances", "runbooks", "capability_findings"],
-                description=(
-                    "What each appliance should run: one row per appliance, deterministic and hashed. "
-                    "Rules that its agent cannot run, or has shown that it cannot, are withheld and listed with the "
-                    "reason. What it was told of and must drop stands there as a tombstone until it has let go."
-                ),
-                owners=OWNER,
-                kinds={"postgres", "table"},
-                metadata=table_metadata("rule_manifests"),
+            asset_spec(graph.models["rule_manifests"], graph).replace_attributes(
+                deps=["l1_rules", "appliances", "runbooks", "capability_findings"]
             ),
             dg.AssetSpec(
                 "appliance_commands",
@@ -67,8 +57,10 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             withheld = (
                 connection.execute(
                     sa.text(
-                        "SELECT w ->> 'rule_id' AS rule_id, w ->> 'reason' AS reason, count(*) AS appliances "
-                        "FROM rule_manifests, jsonb_array_elements(withheld) AS w GROUP BY 1, 2 ORDER BY 1, 2 LIMIT 50"
+                        "SELECT w ->> 'rule_id' AS rule_id, w ->> 'reason' AS reason, sum(m.appliances)::bigint AS appliances "
+                        "FROM (SELECT content_hash, count(*) AS appliances FROM appliance_manifests GROUP BY 1) AS m "
+                        "JOIN manifest_contents AS c USING (content_hash), jsonb_array_elements(c.withheld) AS w "
+                        "GROUP BY 1, 2 ORDER BY 1, 2 LIMIT 50"
                     )
                 )
                 .mappings()
@@ -89,7 +81,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                     sa.text(
                         "SELECT s ->> 'rule_id' AS rule_id, s ->> 'version' AS version, s ->> 'reason' AS reason, "
                         "count(*) AS appliances, min(s ->> 'since') AS since "
-                        "FROM rule_manifests, jsonb_array_elements(tombstones) AS s GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT 50"
+                        "FROM appliance_manifests, jsonb_array_elements(tombstones) AS s GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT 50"
                     )
                 ).mappings()
             ]

@@ -1,6 +1,6 @@
 """Manifests and commands in the database: what every appliance should run, and telling it so.
 
-Belongs here: reading rules and appliances, writing `rule_manifests`, the life of `appliance_commands`, the
+Belongs here: reading rules and appliances, writing `appliance_manifests`, the life of `appliance_commands`, the
 list of deployments. Does not belong here: what goes into a manifest (`manifest`), nor HTTP. Every function
 works inside the caller's transaction and can be repeated: a second call finds nothing to do.
 """
@@ -235,7 +235,7 @@ def load_catalogue(conn: sa.Connection) -> dict[str, RunbookRow]:
 
 
 def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
-    """Bring `rule_manifests` to the desired state; rows that are right already are not touched.
+    """Bring `appliance_manifests` and their contents to the desired state; rows that are right already are not touched.
 
     What leaves a manifest stands there as a tombstone until the appliance has let it go (`tombstones`).
 
@@ -259,7 +259,7 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
     hashes = _write_contents(conn, manifests)
     standing = {
         row.appliance_id: (row.site_id, row.content_hash)
-        for row in conn.execute(sa.text("SELECT appliance_id, site_id, content_hash FROM rule_manifests"))
+        for row in conn.execute(sa.text("SELECT appliance_id, site_id, content_hash FROM appliance_manifests"))
     }
     wanted = {m.appliance_id: (m.site_id, content) for m, content in zip(manifests, hashes, strict=True)}
     changed = [a for a, content in wanted.items() if standing.get(a) != content]
@@ -271,11 +271,10 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
         "clock": clock,
     }
     if changed:
-        conn.execute(sa.text(_UPDATE_MANIFESTS), values)
-        conn.execute(sa.text(_INSERT_MANIFESTS), values)
+        conn.execute(sa.text(_PUT_MANIFESTS), values)
     gone = sorted(standing.keys() - wanted.keys())
     if gone:
-        conn.execute(sa.text("DELETE FROM rule_manifests WHERE appliance_id = ANY(:gone)"), {"gone": gone})
+        conn.execute(sa.text("DELETE FROM appliance_manifests WHERE appliance_id = ANY(:gone)"), {"gone": gone})
     changes = [ContentChange(a, standing.get(a, ("", None))[1], wanted[a][1]) for a in changed]
     mark_withdrawn(conn, changes, clock)
     confirm_gone(conn, clock)
@@ -302,29 +301,18 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
 
 # Since when, and not how often: a manifest that changes daily must not make an appliance look young that never follows.
 _NOTE_DRIFT = """
-    UPDATE rule_manifests m SET drift_since = CASE WHEN m.drift_since IS NULL THEN :clock END
-    FROM appliances a
-    WHERE a.appliance_id = m.appliance_id
-      AND (a.reported_manifest_hash IS NOT DISTINCT FROM m.manifest_hash) = (m.drift_since IS NOT NULL)
+    UPDATE appliance_manifests m SET drift_since = CASE WHEN m.drift_since IS NULL THEN :clock END
+    FROM appliances a, manifest_contents c
+    WHERE a.appliance_id = m.appliance_id AND c.content_hash = m.content_hash
+      AND (a.reported_manifest_hash IS NOT DISTINCT FROM c.manifest_hash) = (m.drift_since IS NOT NULL)
 """
 
-# Rules are copied from the shared content as they lie on disk, compressed: of 10,000 manifests of 500 rules (150 KB each)
-# that change at once, each is compressed once per content and not once per appliance.
-_UPDATE_MANIFESTS = """
-    UPDATE rule_manifests m SET
-      site_id = d.site_id, manifest_hash = c.manifest_hash, rules = c.rules, withheld = c.withheld,
-      rule_count = c.rule_count, content_hash = c.content_hash, batch_id = :batch, built_at = :clock
+_PUT_MANIFESTS = """
+    INSERT INTO appliance_manifests AS m (appliance_id, site_id, content_hash, batch_id, built_at)
+    SELECT d.appliance_id, d.site_id, d.content_hash, :batch, :clock
     FROM unnest(CAST(:ids AS text[]), CAST(:sites AS text[]), CAST(:contents AS text[])) AS d(appliance_id, site_id, content_hash)
-    JOIN manifest_contents c USING (content_hash)
-    WHERE m.appliance_id = d.appliance_id
-"""
-_INSERT_MANIFESTS = """
-    INSERT INTO rule_manifests
-      (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, content_hash, batch_id, built_at)
-    SELECT d.appliance_id, d.site_id, c.manifest_hash, c.rules, c.withheld, c.rule_count, c.content_hash, :batch, :clock
-    FROM unnest(CAST(:ids AS text[]), CAST(:sites AS text[]), CAST(:contents AS text[])) AS d(appliance_id, site_id, content_hash)
-    JOIN manifest_contents c USING (content_hash)
-    WHERE NOT EXISTS (SELECT FROM rule_manifests m WHERE m.appliance_id = d.appliance_id)
+    ON CONFLICT (appliance_id) DO UPDATE SET
+      site_id = excluded.site_id, content_hash = excluded.content_hash, batch_id = excluded.batch_id, built_at = excluded.built_at
 """
 CONTENTS_PER_STATEMENT = 200  # of 150 KB each, put together of a few thousand entries
 
@@ -392,8 +380,8 @@ def _drop_unused_contents(conn: sa.Connection) -> None:
         sa.text(
             """
             DELETE FROM manifest_contents c
-            WHERE NOT EXISTS (SELECT FROM rule_manifests m WHERE m.content_hash = c.content_hash)
-              AND NOT EXISTS (SELECT FROM rule_manifests m WHERE m.commanded_hash = c.content_hash)
+            WHERE NOT EXISTS (SELECT FROM appliance_manifests m WHERE m.content_hash = c.content_hash)
+              AND NOT EXISTS (SELECT FROM appliance_manifests m WHERE m.commanded_hash = c.content_hash)
             """
         )
     )
@@ -405,7 +393,7 @@ _LIVE = "coalesce(a.status = 'online' AND a.last_checkin >= :alive_since, false)
 _DUE = f"""
     changed AS MATERIALIZED (
       SELECT m.appliance_id, m.commanded_hash AS old, m.content_hash AS new, {_LIVE} AS live
-      FROM rule_manifests m LEFT JOIN appliances a USING (appliance_id)
+      FROM appliance_manifests m LEFT JOIN appliances a USING (appliance_id)
       WHERE m.commanded_hash IS DISTINCT FROM m.content_hash
     ),
     {DIFFERENCES},
@@ -496,7 +484,7 @@ _SUPERSEDE_ORPHANS = """
     orphans AS MATERIALIZED (
       SELECT h.appliance_id FROM having_open h
       WHERE h.appliance_id IS NOT NULL
-        AND NOT EXISTS (SELECT FROM rule_manifests m WHERE m.appliance_id = h.appliance_id)
+        AND NOT EXISTS (SELECT FROM appliance_manifests m WHERE m.appliance_id = h.appliance_id)
     )
     UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
     FROM orphans o
@@ -558,14 +546,14 @@ _QUEUE_WITHDRAWALS = f"""
            'pending', :clock, :expires_at, c.rule_id, c.rule_version, :batch
     FROM appliance_commands c
     JOIN appliances a USING (appliance_id)
-    JOIN rule_manifests m USING (appliance_id)
+    JOIN appliance_manifests m USING (appliance_id)
     WHERE {ACTIVE} AND {_LIVE}
     ORDER BY c.appliance_id, c.rule_id, c.rule_version
     ON CONFLICT DO NOTHING
 """
 # An appliance without a sign of life stays due: it is told when it is back.
 _MARK_COMMANDED = f"""
-    UPDATE rule_manifests m SET commanded_hash = m.content_hash
+    UPDATE appliance_manifests m SET commanded_hash = m.content_hash
     FROM appliances a
     WHERE a.appliance_id = m.appliance_id AND {_LIVE} AND m.commanded_hash IS DISTINCT FROM m.content_hash
 """
@@ -573,7 +561,7 @@ _COUNT_COMMANDS = f"""
     SELECT
       (SELECT count(*) FROM appliance_commands
        WHERE status IN ('pending', 'delivered') AND command_type IN ('sync_promoted_rule', 'withdraw_rule')),
-      (SELECT count(*) FROM rule_manifests m
+      (SELECT count(*) FROM appliance_manifests m
        JOIN manifest_contents c USING (content_hash)
        LEFT JOIN appliances a USING (appliance_id)
        WHERE cardinality(c.rule_ids) > 0 AND NOT {_LIVE})

@@ -15,25 +15,28 @@ EXECUTED_WITHIN = dt.timedelta(days=3)
 
 _SERVED_BUT_NOT_ENABLED = """
 SELECT m.appliance_id, s.rule_id, coalesce(r.state, 'unknown') AS state, 'served although not in service' AS problem
-FROM rule_manifests AS m
-CROSS JOIN LATERAL (SELECT e ->> 'id' AS rule_id, (e ->> 'version')::int AS version FROM jsonb_array_elements(m.rules) AS e) AS s
+FROM manifest_contents AS c
+CROSS JOIN LATERAL (SELECT e ->> 'id' AS rule_id, (e ->> 'version')::int AS version FROM jsonb_array_elements(c.rules) AS e) AS s
 LEFT JOIN l1_rules AS r ON r.rule_id = s.rule_id
+JOIN appliance_manifests AS m ON m.content_hash = c.content_hash
 WHERE r.enabled IS NOT TRUE OR r.rule_version <> s.version
 """
 # Rules of the whole fleet must stand in every manifest, or among what is withheld there with its reason.
 _FORGOTTEN = """
 SELECT m.appliance_id, r.rule_id, r.state, 'in service, but neither served nor withheld' AS problem
-FROM rule_manifests AS m
-CROSS JOIN l1_rules AS r
-WHERE r.state = 'fleet'
-  AND NOT EXISTS (SELECT 1 FROM jsonb_array_elements(m.rules) AS e WHERE e ->> 'id' = r.rule_id)
-  AND NOT EXISTS (SELECT 1 FROM jsonb_array_elements(m.withheld) AS w WHERE w ->> 'rule_id' = r.rule_id)
-  AND flywheel_runbook_problem(r.runbook_id, r.platform) IS NULL
+FROM (
+  SELECT c.content_hash, r.rule_id FROM manifest_contents AS c CROSS JOIN l1_rules AS r WHERE r.state = 'fleet'
+  EXCEPT SELECT c.content_hash, e ->> 'id' FROM manifest_contents AS c CROSS JOIN LATERAL jsonb_array_elements(c.rules) AS e
+  EXCEPT SELECT c.content_hash, w ->> 'rule_id' FROM manifest_contents AS c CROSS JOIN LATERAL jsonb_array_elements(c.withheld) AS w
+) AS f
+JOIN l1_rules AS r ON r.rule_id = f.rule_id
+JOIN appliance_manifests AS m ON m.content_hash = f.content_hash
+WHERE flywheel_runbook_problem(r.runbook_id, r.platform) IS NULL
 """
 _NO_MANIFEST = """
 SELECT a.appliance_id, NULL AS rule_id, a.status AS state, 'an appliance without a manifest' AS problem
 FROM appliances AS a
-WHERE a.status <> 'retired' AND NOT EXISTS (SELECT 1 FROM rule_manifests AS m WHERE m.appliance_id = a.appliance_id)
+WHERE a.status <> 'retired' AND NOT EXISTS (SELECT 1 FROM appliance_manifests AS m WHERE m.appliance_id = a.appliance_id)
 """
 
 

@@ -162,8 +162,9 @@ def confirm_gone(conn: sa.Connection, clock: datetime) -> int:
                   WHERE (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
                     AND w.command_type = 'withdraw_rule' AND w.status = 'acknowledged')
                 OR EXISTS (
-                  SELECT FROM appliances a JOIN rule_manifests m USING (appliance_id)
-                  WHERE a.appliance_id = c.appliance_id AND a.reported_manifest_hash = m.manifest_hash
+                  SELECT FROM appliances a JOIN appliance_manifests m USING (appliance_id)
+                  JOIN manifest_contents t USING (content_hash)
+                  WHERE a.appliance_id = c.appliance_id AND a.reported_manifest_hash = t.manifest_hash
                     AND a.state_reported_at > c.withdrawn_at)
               )
             """
@@ -190,26 +191,27 @@ def write_tombstones(conn: sa.Connection, batch_id: int, clock: datetime) -> tup
                   WHEN r.enabled AND r.rule_version > c.rule_version THEN 'replaced by version ' || r.rule_version
                   WHEN NOT r.enabled THEN r.state || coalesce(': ' || r.state_reason, '')
                   ELSE coalesce(
-                    (SELECT w ->> 'reason' FROM jsonb_array_elements(m.withheld) AS w WHERE w ->> 'rule_id' = c.rule_id LIMIT 1),
+                    (SELECT w ->> 'reason' FROM jsonb_array_elements(t.withheld) AS w WHERE w ->> 'rule_id' = c.rule_id LIMIT 1),
                     'the rule is in service elsewhere, and not for this appliance')
                 END,
                 'since', to_char(c.withdrawn_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
               ) ORDER BY c.rule_id, c.rule_version) AS tombstones
               FROM appliance_commands c
-              JOIN rule_manifests m ON m.appliance_id = c.appliance_id
+              JOIN appliance_manifests m ON m.appliance_id = c.appliance_id
+              JOIN manifest_contents t ON t.content_hash = m.content_hash
               LEFT JOIN l1_rules r ON r.rule_id = c.rule_id
               WHERE {ACTIVE}
               GROUP BY c.appliance_id
             )
-            UPDATE rule_manifests m SET
+            UPDATE appliance_manifests m SET
               tombstones = coalesce(s.tombstones, '[]'), batch_id = :batch
-            FROM rule_manifests o LEFT JOIN stones s ON s.appliance_id = o.appliance_id
+            FROM appliance_manifests o LEFT JOIN stones s ON s.appliance_id = o.appliance_id
             WHERE m.appliance_id = o.appliance_id AND o.tombstones <> coalesce(s.tombstones, '[]')
             """  # noqa: S608
         ),
         {"batch": batch_id, "withdrawn_since": clock - TOMBSTONE_LIFETIME},
     ).rowcount
     standing = conn.execute(
-        sa.text("SELECT coalesce(sum(jsonb_array_length(tombstones)), 0)::bigint FROM rule_manifests")
+        sa.text("SELECT coalesce(sum(jsonb_array_length(tombstones)), 0)::bigint FROM appliance_manifests")
     ).scalar_one()
     return int(standing), rewritten

@@ -104,7 +104,7 @@ def test_a_success_rate_in_percent_is_named(engine: sa.Engine) -> None:
             "missing",
         ),
         ("CREATE INDEX ON sites (name)", "index sites_name_idx on sites", "not declared"),
-        ("DROP TABLE rule_manifests CASCADE", "table rule_manifests", "missing"),
+        ("DROP TABLE appliance_manifests CASCADE", "table appliance_manifests", "missing"),
     ],
 )
 def test_every_kind_of_difference_is_named(engine: sa.Engine, statement: str, subject: str, problem: str) -> None:

@@ -89,8 +89,10 @@ def two_sites(engine: Engine) -> Engine:
         connection.exec_driver_sql(
             "INSERT INTO sites (site_id) VALUES ('site-a'), ('site-b'); "
             "INSERT INTO appliances (appliance_id, site_id) VALUES ('site-a-01', 'site-a'), ('site-a-02', 'site-a'), ('site-b-01', 'site-b'); "
-            "INSERT INTO rule_manifests (appliance_id, site_id, manifest_hash, rules, withheld, rule_count, batch_id) "
-            "SELECT appliance_id, site_id, repeat('0', 64), '[]', '[]', 0, 1 FROM appliances; "
+            "INSERT INTO manifest_contents (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions) "
+            "SELECT site_id, repeat('0', 64), '[]', '[]', 0, '{}', '{}' FROM sites; "
+            "INSERT INTO appliance_manifests (appliance_id, site_id, content_hash, batch_id) "
+            "SELECT appliance_id, site_id, site_id, 1 FROM appliances; "
             "INSERT INTO appliance_commands (appliance_id, command_type) SELECT appliance_id, 'sync_promoted_rule' FROM appliances; "
             "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('old-a', 'site-a', 'Dana', 'renamed'), ('old-b', 'site-b', 'Dana', 'renamed'); "
             "INSERT INTO appliance_tokens (appliance_id, site_id, token_hash, issued_by, reason) "
@@ -170,7 +172,9 @@ def test_the_agent_role_touches_no_rule_ledger_token_or_alias(two_sites: Engine)
             "UPDATE l1_rules SET enabled = true",
             "INSERT INTO rule_events DEFAULT VALUES",
             "DELETE FROM execution_telemetry",
-            "UPDATE rule_manifests SET rules = '[]'",
+            "UPDATE appliance_manifests SET tombstones = '[]'",
+            "UPDATE manifest_contents SET rules = '[]'",
+            "SELECT * FROM rule_manifests",
             "UPDATE appliances SET site_id = 'site-b'",
             "UPDATE site_aliases SET site_id = 'site-b'",
             "UPDATE appliance_commands SET params = '{}'",
@@ -187,7 +191,8 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
             for table, column in (
                 ("execution_telemetry", "site_id"),
                 ("appliances", "appliance_id"),
-                ("rule_manifests", "appliance_id"),
+                ("appliance_manifests", "appliance_id"),
+                ("manifest_contents", "content_hash"),
                 ("appliance_commands", "appliance_id"),
                 ("sites", "site_id"),
                 ("site_aliases", "alias"),
@@ -199,7 +204,8 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
         assert seen(connection) == {
             "execution_telemetry": ["old-a", "site-a"],
             "appliances": ["site-a-01", "site-a-02"],
-            "rule_manifests": own,
+            "appliance_manifests": own,
+            "manifest_contents": ["site-a"],
             "appliance_commands": own,
             "sites": ["site-a"],
             "site_aliases": ["old-a"],

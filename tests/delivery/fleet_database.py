@@ -176,6 +176,6 @@ class Fleet:
 
     def snapshot(self) -> list[Any]:
         """Everything that delivery writes, row versions included."""
-        manifests = self.conn.execute(sa.text("SELECT xmin::text, * FROM rule_manifests ORDER BY appliance_id"))
+        manifests = self.conn.execute(sa.text("SELECT xmin::text, * FROM appliance_manifests ORDER BY appliance_id"))
         commands = self.conn.execute(sa.text("SELECT xmin::text, * FROM appliance_commands ORDER BY id"))
         return [*manifests.all(), *commands.all()]

@@ -245,7 +245,7 @@ def of_site_b(engine: sa.Engine) -> list[Any]:
         for query in (
             "SELECT xmin::text, * FROM appliances WHERE appliance_id = 'site-b-01'",
             "SELECT xmin::text, * FROM appliance_commands WHERE appliance_id = 'site-b-01'",
-            "SELECT xmin::text, * FROM rule_manifests WHERE appliance_id = 'site-b-01'",
+            "SELECT xmin::text, * FROM appliance_manifests WHERE appliance_id = 'site-b-01'",
             "SELECT xmin::text, * FROM execution_telemetry WHERE site_id <> 'site-a' OR appliance_id <> 'site-a-01'",
             "SELECT xmin::text, * FROM telemetry_rejects WHERE source <> 'appliance:site-a-01'",
             "SELECT xmin::text, * FROM appliance_tokens",

@@ -45,7 +45,7 @@ def test_the_answer_has_the_agents_shape_and_what_is_new_beside_it(api: Api) -> 
     tombstone = {"rule_id": "RB-AUTO-0009", "version": 1, "reason": "it failed", "since": "2026-11-01T00:00:00Z"}
     with api.engine.begin() as connection:
         connection.execute(
-            sa.text("UPDATE rule_manifests SET tombstones = jsonb_build_array(CAST(:t AS jsonb))"),
+            sa.text("UPDATE appliance_manifests SET tombstones = jsonb_build_array(CAST(:t AS jsonb))"),
             {"t": json.dumps(tombstone)},
         )
         connection.exec_driver_sql("UPDATE sites SET healing_tier = 'full' WHERE site_id = 'site-a'")
@@ -64,7 +64,7 @@ def test_a_matching_tag_is_answered_304_and_any_change_is_not(api: Api, monkeypa
     seen = [api.sync().headers["ETag"]]
     changes = [
         lambda: give_manifest(api.engine, "site-a-01", "site-a", [rule(1), rule(2)]),
-        lambda: _run(api.engine, 'UPDATE rule_manifests SET tombstones = \'[{"rule_id": "x"}]\''),
+        lambda: _run(api.engine, 'UPDATE appliance_manifests SET tombstones = \'[{"rule_id": "x"}]\''),
         lambda: _run(api.engine, "UPDATE sites SET healing_tier = 'standard'"),
         lambda: queue(api.engine),
         lambda: _run(api.engine, "UPDATE appliance_commands SET status = 'expired'"),

@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[int, str]] = {
     ),
     "a placeholder served": (
         3,
-        "UPDATE rule_manifests SET rules = jsonb_set(rules, '{0,actions}', '[\"run_runbook:AUTO-BITLOCKER_STATUS\"]')",
+        "UPDATE manifest_contents SET rules = jsonb_set(rules, '{0,actions}', '[\"run_runbook:AUTO-BITLOCKER_STATUS\"]')",
     ),
     "a rule moved without an event": (4, "UPDATE l1_rules SET state = 'retired' WHERE rule_id = 'RB-AUTO-FIREWALL'"),
     "a promoted pattern whose rule is gone": (
@@ -83,30 +83,23 @@ FAULTS: dict[str, tuple[int, str]] = {
     ),
     "a manifest edited": (
         7,
-        "UPDATE rule_manifests SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
-    ),
-    "a stored content edited": (
-        7,
         "UPDATE manifest_contents SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
     ),
-    "a manifest and its content edited alike, hash included": (
+    "a manifest edited, hash included": (
         7,
-        "UPDATE manifest_contents SET withheld = '[]'; UPDATE rule_manifests SET withheld = '[]'; "
-        "UPDATE manifest_contents SET manifest_hash = repeat('0', 64); UPDATE rule_manifests SET manifest_hash = repeat('0', 64)",
+        "UPDATE manifest_contents SET withheld = '[]', manifest_hash = repeat('0', 64)",
     ),
     "what a manifest withholds edited": (
         7,
-        'UPDATE manifest_contents SET withheld = withheld || \'[{"rule_id": "X"}]\'; '
-        'UPDATE rule_manifests SET withheld = withheld || \'[{"rule_id": "X"}]\'',
+        'UPDATE manifest_contents SET withheld = withheld || \'[{"rule_id": "X"}]\'',
     ),
     "a rule struck from the list of a content": (
         7,
         "UPDATE manifest_contents SET rule_ids = '{}', rule_versions = '{}'",
     ),
-    "a content deleted": (7, "DELETE FROM manifest_contents"),
-    "a manifest that forgot its content and was edited": (
+    "a content deleted": (
         7,
-        "UPDATE rule_manifests SET content_hash = NULL, rules = '[]'",
+        "ALTER TABLE appliance_manifests DROP CONSTRAINT appliance_manifests_content_hash_fkey; DELETE FROM manifest_contents",
     ),
     "a command doubled": (
         7,

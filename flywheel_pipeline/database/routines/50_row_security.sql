@@ -49,10 +49,17 @@ DROP POLICY IF EXISTS flywheel_own_site ON appliances;
 CREATE POLICY flywheel_own_site ON appliances FOR SELECT TO PUBLIC
   USING ((SELECT flywheel_speaks_for_an_appliance()) AND site_id = ANY ((SELECT flywheel_session_sites())::text[]));
 
-ALTER TABLE rule_manifests ENABLE ROW LEVEL SECURITY;
-DROP POLICY IF EXISTS flywheel_own_appliance ON rule_manifests;
-CREATE POLICY flywheel_own_appliance ON rule_manifests TO PUBLIC
+ALTER TABLE appliance_manifests ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON appliance_manifests;
+CREATE POLICY flywheel_own_appliance ON appliance_manifests TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance()) OR appliance_id = (SELECT flywheel_session_appliance()));
+
+-- What other appliances run, and what is withheld where, is not an appliance's to know.
+ALTER TABLE manifest_contents ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON manifest_contents;
+CREATE POLICY flywheel_own_appliance ON manifest_contents TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance())
+    OR content_hash = (SELECT m.content_hash FROM appliance_manifests AS m WHERE m.appliance_id = (SELECT flywheel_session_appliance())));
 
 ALTER TABLE appliance_commands ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_appliance ON appliance_commands;

@@ -133,7 +133,10 @@ def _recorded(connection: sa.Connection, caller: Caller, report: StateReport) ->
         },
     ).scalar_one_or_none()
     desired = connection.execute(
-        sa.text("SELECT manifest_hash FROM rule_manifests WHERE appliance_id = :appliance"),
+        sa.text(
+            "SELECT c.manifest_hash FROM appliance_manifests m JOIN manifest_contents c USING (content_hash) "
+            "WHERE m.appliance_id = :appliance"
+        ),
         {"appliance": caller.appliance_id},
     ).scalar_one_or_none()
     if recorded_at is None:

@@ -122,9 +122,9 @@ GAUGES: Final[dict[str, tuple[str, str]]] = {
     "flywheel_appliances_out_of_sync": (
         "Appliances that report another rule set than the one they should run.",
         """
-        SELECT count(*) FROM appliances a JOIN rule_manifests m USING (appliance_id)
+        SELECT count(*) FROM appliances a JOIN appliance_manifests m USING (appliance_id) JOIN manifest_contents c USING (content_hash)
         WHERE a.status <> 'retired' AND a.state_reported_at IS NOT NULL
-          AND a.reported_manifest_hash IS DISTINCT FROM m.manifest_hash
+          AND a.reported_manifest_hash IS DISTINCT FROM c.manifest_hash
         """,
     ),
 }

@@ -37,13 +37,17 @@ _OPEN: Final = """
     AND (expires_at IS NULL OR expires_at > clock_timestamp())
 """
 _HEAD: Final = f"""
-SELECT m.manifest_hash, m.tombstones::text AS tombstones, s.healing_tier, c.pending, c.commands::text AS commands
-FROM rule_manifests m
+SELECT t.manifest_hash, m.tombstones::text AS tombstones, s.healing_tier, c.pending, c.commands::text AS commands
+FROM appliance_manifests m
+JOIN manifest_contents t USING (content_hash)
 LEFT JOIN sites s ON s.site_id = m.site_id
 CROSS JOIN ({_OPEN}) AS c
 WHERE m.appliance_id = %(appliance)s AND m.site_id = ANY (%(sites)s)
 """  # noqa: S608
-_RULES: Final = "SELECT rules FROM rule_manifests WHERE appliance_id = %s AND manifest_hash = %s"
+_RULES: Final = """
+SELECT t.rules FROM appliance_manifests m JOIN manifest_contents t USING (content_hash)
+WHERE m.appliance_id = %s AND t.manifest_hash = %s
+"""
 _GZIP_FROM_BYTES: Final = 1_024
 
 
