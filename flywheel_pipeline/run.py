@@ -50,6 +50,8 @@ def dagster_instance(url: sa.URL, settings: Settings | None = None) -> Iterator[
     write_dagster_home(settings, url)
     os.environ.update(dagster_environment(settings, url))
     with dg.DagsterInstance.get() as instance:
+        # Dagster's storage opens a connection for each of some 800 statements of a run, unless it is told to keep one.
+        instance.optimize_for_webserver(statement_timeout=0, pool_recycle=3_600, max_overflow=20)
         yield instance
 
 

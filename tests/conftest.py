@@ -36,6 +36,11 @@ if "TMPDIR" not in os.environ and _memory_has_room():
     tempfile.tempdir = str(MEMORY)  # pytest's directories are made there too
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole days of the graph first: they take longest, and at the end one worker would run them alone."""
+    items.sort(key=lambda item: "pipeline" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
     """One embedded server of this test process; without fsync, since nobody needs its data tomorrow."""

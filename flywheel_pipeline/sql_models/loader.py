@@ -176,7 +176,16 @@ def load_models(root: Traversable | None = None) -> ModelGraph:
     Raises:
         ModelError: a file breaks a rule; the message names the file, the line where known, and the rule.
     """
-    root = root if root is not None else importlib.resources.files(ROOT_PACKAGE)
+    return _installed_models() if root is None else _load(root)
+
+
+@functools.cache
+def _installed_models() -> ModelGraph:
+    """The models of the installed package, read once a process: they are part of the release."""
+    return _load(importlib.resources.files(ROOT_PACKAGE))
+
+
+def _load(root: Traversable) -> ModelGraph:
     found: list[tuple[str, str, Traversable]] = [
         (room.name, entry.name.removesuffix(".sql"), entry)
         for room in root.iterdir()
