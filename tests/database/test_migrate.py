@@ -69,6 +69,7 @@ def test_the_migrations_make_exactly_the_declared_tables(empty_engine: sa.Engine
             FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
             LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
             WHERE c.relnamespace = CAST(:schema AS regnamespace) AND c.relkind = 'r' AND a.attnum > 0
+              AND NOT a.attisdropped
             ORDER BY 1, 2
         """
         checks = """
