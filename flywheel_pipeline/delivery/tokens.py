@@ -12,7 +12,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 import psycopg
 import sqlalchemy as sa
@@ -57,13 +57,14 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An authenticated appliance, with the names of its site; `checkin_due`: its last sign of life is a minute old."""
+    """An authenticated appliance, with the names and the tier of its site; `checkin_due`: its last sign of life is a minute old."""
 
     token_id: int
     appliance_id: str
     site_id: str
     sites: frozenset[str]
     checkin_due: bool
+    healing_tier: str | None = None
 
 
 class TokenRefused(Exception):
@@ -202,14 +203,27 @@ def list_tokens(connection: sa.Connection, appliance_id: str | None = None, *, e
     return [TokenRow(**row) for row in rows.mappings()]
 
 
+# The function of names costs more than all the rest, and most sites have but one.
 _LOOK_UP: Final = """
 SELECT t.token_id, t.appliance_id, t.token_hash, t.revoked_at IS NOT NULL AS revoked,
-  coalesce(t.expires_at <= clock_timestamp(), false) AS expired, a.status, a.site_id,
-  flywheel_site_names(t.site_id) AS sites,
+  coalesce(t.expires_at <= clock_timestamp(), false) AS expired, a.status, a.site_id, s.healing_tier,
+  CASE WHEN EXISTS (SELECT FROM site_aliases n WHERE n.alias = t.site_id OR n.site_id = t.site_id)
+       THEN flywheel_site_names(t.site_id) ELSE ARRAY[t.site_id::text] END AS sites,
   coalesce(a.last_checkin < clock_timestamp() - interval '1 minute', true) AS checkin_due
-FROM appliance_tokens t LEFT JOIN appliances a USING (appliance_id)
+FROM appliance_tokens t LEFT JOIN appliances a USING (appliance_id) LEFT JOIN sites s ON s.site_id = a.site_id
 WHERE t.token_hash = %s
 """
+# The same, and where the token holds the transaction speaks for its appliance from then on. What the look-up says is
+# computed before the role is put on.
+_LOOK_UP_AND_SPEAK: Final = f"""
+WITH found AS MATERIALIZED ({_LOOK_UP})
+SELECT found.*,
+  CASE WHEN NOT revoked AND NOT expired AND status <> 'retired' AND site_id = ANY (sites) THEN
+    set_config('flywheel.site_id', site_id, true) || set_config('flywheel.appliance_id', appliance_id, true)
+    || set_config('role', coalesce((SELECT rolname::text FROM pg_roles WHERE rolname = %s), 'none'), true)
+  END AS speaks
+FROM found
+"""  # noqa: S608
 
 
 def authenticate(connection: psycopg.Connection[Any], token: str) -> Caller:
@@ -218,11 +232,45 @@ def authenticate(connection: psycopg.Connection[Any], token: str) -> Caller:
     Raises:
         TokenRefused: unknown, revoked or expired; or its appliance is gone, retired or at another site by now.
     """
+    hashed = _digest_of(token)
+    with connection.cursor(row_factory=namedtuple_row) as cursor:
+        return _caller(cursor.execute(_LOOK_UP, (hashed,)).fetchone(), hashed)
+
+
+def authenticate_and_ask(
+    connection: psycopg.Connection[Any], token: str, role: str, question: LiteralString
+) -> tuple[Caller, Any]:
+    """`authenticate`, and one question of the caller's in the same round trip and transaction.
+
+    Args:
+        connection: in autocommit; the transaction ends with this call.
+        token: the token.
+        role: what the question runs as, held to the appliance by row security; without that role, as the connection's own.
+        question: a query without parameters. It knows the appliance by `flywheel_session_appliance()`, which is null where
+            the token does not hold.
+
+    Returns:
+        The caller, and the first row of the answer as a named tuple; None: there is none.
+
+    Raises:
+        TokenRefused: as `authenticate`.
+    """
+    hashed = _digest_of(token)
+    # Until the pipeline is synchronised, its statements are one transaction.
+    with connection.pipeline():
+        found = connection.cursor(row_factory=namedtuple_row).execute(_LOOK_UP_AND_SPEAK, (hashed, role))
+        answer = connection.cursor(row_factory=namedtuple_row).execute(question)
+        row, answered = found.fetchone(), answer.fetchone()
+    return _caller(row, hashed), answered
+
+
+def _digest_of(token: str) -> str:
     if _FORM.fullmatch(token) is None:
         raise TokenRefused("invalid_token", "The token is not one of ours.")
-    hashed = digest(token)
-    with connection.cursor(row_factory=namedtuple_row) as cursor:
-        row: Any = cursor.execute(_LOOK_UP, (hashed,)).fetchone()
+    return digest(token)
+
+
+def _caller(row: Any, hashed: str) -> Caller:
     if row is None or not hmac.compare_digest(row.token_hash, hashed):
         raise TokenRefused("invalid_token", "The token is not one of ours.")
     if row.revoked:
@@ -234,7 +282,7 @@ def authenticate(connection: psycopg.Connection[Any], token: str) -> Caller:
     sites = frozenset(row.sites)
     if row.site_id not in sites:
         raise TokenRefused("moved_appliance", "The appliance of this token is registered at another site now.")
-    return Caller(row.token_id, row.appliance_id, row.site_id, sites, row.checkin_due)
+    return Caller(row.token_id, row.appliance_id, row.site_id, sites, row.checkin_due, row.healing_tier)
 
 
 def check_in(connection: psycopg.Connection[Any], appliance_id: str) -> None:

@@ -177,7 +177,12 @@ def test_every_sql_model_shows_its_columns_its_sql_and_a_link_to_its_file(nodes:
 def test_the_graph_draws_every_read_of_a_model_except_those_that_would_close_a_circle(nodes: dict[str, Any]) -> None:
     for name, model in load_models().models.items():
         drawn = {key.to_user_string() for key in nodes[name].parent_keys}
-        if name in ("rule_manifests", "deployments", "overdue_deployments", "appliance_drift"):  # drawn downstream of what they list
+        if name in (
+            "rule_manifests",
+            "deployments",
+            "overdue_deployments",
+            "appliance_drift",
+        ):  # drawn downstream of what they list
             continue
         assert drawn == set(model.dependencies) - FEEDBACK, name
 

@@ -7,13 +7,14 @@ Belongs here: 401 and 403. Does not belong here: tokens at rest (`delivery.token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from starlette.requests import Request
 
+from flywheel_pipeline.database.roles import AGENT_API
 from flywheel_pipeline.delivery.api.problems import Problem
-from flywheel_pipeline.delivery.tokens import Caller, TokenRefused, authenticate, check_in
+from flywheel_pipeline.delivery.tokens import Caller, TokenRefused, authenticate, authenticate_and_ask, check_in
 
 _LONGEST = 512
 
@@ -38,12 +39,31 @@ def caller_of(connection: psycopg.Connection[Any], token: str) -> Caller:
     try:
         caller = authenticate(connection, token)
     except TokenRefused as refused:
-        if refused.code in ("retired_appliance", "moved_appliance"):
-            raise Problem(403, refused.code, refused.reason, "Ask your operator: `flywheel tokens list`.") from None
-        raise unauthorized(refused.code, refused.reason) from None
+        raise _refusal(refused) from None
     if caller.checkin_due:
         check_in(connection, caller.appliance_id)
     return caller
+
+
+def caller_and_answer(connection: psycopg.Connection[Any], token: str, question: LiteralString) -> tuple[Caller, Any]:
+    """`caller_of`, with the first row of a question that is asked as the caller, in one round trip.
+
+    Raises:
+        Problem: as `caller_of`.
+    """
+    try:
+        caller, answer = authenticate_and_ask(connection, token, AGENT_API, question)
+    except TokenRefused as refused:
+        raise _refusal(refused) from None
+    if caller.checkin_due:
+        check_in(connection, caller.appliance_id)
+    return caller, answer
+
+
+def _refusal(refused: TokenRefused) -> Problem:
+    if refused.code in ("retired_appliance", "moved_appliance"):
+        return Problem(403, refused.code, refused.reason, "Ask your operator: `flywheel tokens list`.")
+    return unauthorized(refused.code, refused.reason)
 
 
 def unauthorized(code: str, reason: str) -> Problem:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from flywheel_pipeline.delivery.api.auth import require_own
 from flywheel_pipeline.delivery.api.problems import Problem, json_response
-from flywheel_pipeline.delivery.api.state import admit_alone, small_json, worker_of
+from flywheel_pipeline.delivery.api.state import admit, small_json, worker_of
 from flywheel_pipeline.delivery.publish import acknowledge_command
 from flywheel_pipeline.delivery.tokens import Caller
 from flywheel_pipeline.errors import UsageError
@@ -70,7 +70,7 @@ class StateReport(BaseModel):
 
 async def acknowledge(request: Request) -> Response:
     """Answer a command: done, or failed with a reason. The same answer again changes nothing."""
-    caller = await admit_alone(request)
+    caller = await admit(request)
     named = str(request.path_params["command_id"])
     if _UUID.fullmatch(named) is None:
         raise Problem(422, "invalid_command_id", "A command id is a UUID.", "Take it from the answer of /agent/sync.")
@@ -101,7 +101,7 @@ def _acknowledged(connection: sa.Connection, caller: Caller, command_id: UUID, f
 
 async def report_state(request: Request) -> Response:
     """Record what the appliance is and runs; the time of it is the server's."""
-    caller = await admit_alone(request)
+    caller = await admit(request)
     report = await small_json(request, StateReport)
     require_own(
         caller,

@@ -28,7 +28,7 @@ from flywheel_pipeline.delivery.api.connections import driver_of
 from flywheel_pipeline.delivery.api.limits import Limits
 from flywheel_pipeline.delivery.api.metrics import ROWS
 from flywheel_pipeline.delivery.api.problems import Problem, json_response
-from flywheel_pipeline.delivery.api.state import admit_alone, worker_of
+from flywheel_pipeline.delivery.api.state import admit, worker_of
 from flywheel_pipeline.telemetry.batch import BatchResult, parse_batch, record_unreadable, take_batch
 from flywheel_pipeline.telemetry.contract import Reject
 from flywheel_pipeline.telemetry.intake import PostResult
@@ -38,7 +38,7 @@ from flywheel_pipeline.telemetry.reporters import Reporter
 async def post_executions(request: Request) -> Response:
     """Take in executions. One transaction, committed before the answer; sending a batch again changes nothing."""
     worker = worker_of(request)
-    caller = await admit_alone(request)
+    caller = await admit(request)
     kind = media_type(request, (JSON, *NDJSON))
     gzipped = require_encoding(request)
     with worker.gate.entered(caller.appliance_id):

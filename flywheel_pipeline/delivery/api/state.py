@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, LiteralString, TypeVar, cast
 
 import psycopg
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from flywheel_pipeline.delivery.api.auth import bearer_token, caller_of, require_own
+from flywheel_pipeline.delivery.api.auth import bearer_token, caller_and_answer, caller_of, require_own
 from flywheel_pipeline.delivery.api.bodies import JSON, UnreadableBody, inflate, media_type, read_body, require_encoding
 from flywheel_pipeline.delivery.api.connections import Connections
 from flywheel_pipeline.delivery.api.limits import Gate, Limits, Rates
@@ -43,31 +43,57 @@ def worker_of(request: Request) -> Worker:
     return cast(Worker, request.app.state.worker)
 
 
-async def admit(request: Request, more: Callable[[psycopg.Connection[Any], Caller], Result]) -> tuple[Caller, Result]:
-    """Authenticate the caller, hold the names in the query against it, and read `more` on the same connection.
+async def admit(request: Request) -> Caller:
+    """Authenticate the caller, and hold the names in the query against it.
 
     Raises:
         Problem: 401, 403, 429, or 503.
     """
     token = bearer_token(request)
+    caller, _ = await _admit(request, lambda connection: (caller_of(connection, token), None))
+    return caller
+
+
+async def admit_asking(
+    request: Request,
+    question: LiteralString,
+    then: Callable[[psycopg.Connection[Any], Caller, Any], Result],
+) -> tuple[Caller, Result]:
+    """`admit`, and the answer to a question of the caller's in the same round trip (`tokens.authenticate_and_ask`).
+
+    Args:
+        request: the request.
+        question: the query.
+        then: makes the result of the connection, the caller, and the first row of the answer.
+
+    Raises:
+        Problem: as `admit`.
+    """
+    token = bearer_token(request)
+    return await _admit(
+        request,
+        lambda connection: caller_and_answer(connection, token, question),
+        then,
+    )
+
+
+async def _admit(
+    request: Request,
+    who: Callable[[psycopg.Connection[Any]], tuple[Caller, Any]],
+    then: Callable[[psycopg.Connection[Any], Caller, Any], Any] = lambda _connection, _caller, _answer: None,
+) -> tuple[Caller, Any]:
     query = request.query_params
     sites, appliances = query.getlist("site_id"), query.getlist("appliance_id")
 
-    def work(connection: psycopg.Connection[Any]) -> tuple[Caller, Result]:
-        caller = caller_of(connection, token)
+    def work(connection: psycopg.Connection[Any]) -> tuple[Caller, Any]:
+        caller, answer = who(connection)
         require_own(caller, sites, appliances)
-        return caller, more(connection, caller)
+        return caller, then(connection, caller, answer)
 
     worker = worker_of(request)
     caller, result = await worker.connections.read(work)
     worker.rates.request(caller.appliance_id)
     return caller, result
-
-
-async def admit_alone(request: Request) -> Caller:
-    """`admit` with nothing more to read."""
-    caller, _ = await admit(request, lambda _connection, _caller: None)
-    return caller
 
 
 async def small_json(request: Request, model: type[Model], *, empty: bytes | None = None) -> Model:

@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from flywheel_pipeline.delivery.api.connections import speak_for
 from flywheel_pipeline.delivery.api.problems import Problem
-from flywheel_pipeline.delivery.api.state import admit, worker_of
+from flywheel_pipeline.delivery.api.state import admit_asking, worker_of
 from flywheel_pipeline.delivery.publish import take_commands
 from flywheel_pipeline.delivery.tokens import Caller
 
@@ -33,29 +33,27 @@ _OPEN: Final = """
     coalesce(jsonb_agg(jsonb_build_object('id', id, 'command_type', command_type, 'params', params,
       'created_at', created_at, 'expires_at', expires_at) ORDER BY created_at, params ->> 'rule_id', id), '[]') AS commands
   FROM appliance_commands
-  WHERE appliance_id = %(appliance)s AND status IN ('pending', 'delivered')
+  WHERE appliance_id = flywheel_session_appliance() AND status IN ('pending', 'delivered')
     AND (expires_at IS NULL OR expires_at > clock_timestamp())
 """
 _HEAD: Final = f"""
-SELECT t.manifest_hash, m.tombstones::text AS tombstones, s.healing_tier, c.pending, c.commands::text AS commands
+SELECT m.site_id, m.content_hash, m.tombstones::text AS tombstones, c.pending, c.commands::text AS commands
 FROM appliance_manifests m
-JOIN manifest_contents t USING (content_hash)
-LEFT JOIN sites s ON s.site_id = m.site_id
 CROSS JOIN ({_OPEN}) AS c
-WHERE m.appliance_id = %(appliance)s AND m.site_id = ANY (%(sites)s)
+WHERE m.appliance_id = flywheel_session_appliance()
 """  # noqa: S608
 _RULES: Final = """
-SELECT t.rules FROM appliance_manifests m JOIN manifest_contents t USING (content_hash)
-WHERE m.appliance_id = %s AND t.manifest_hash = %s
+SELECT t.manifest_hash, t.rules FROM appliance_manifests m JOIN manifest_contents t USING (content_hash)
+WHERE m.appliance_id = flywheel_session_appliance() AND t.content_hash = %s
 """
 _GZIP_FROM_BYTES: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """All that an answer depends on, but for the rules that `manifest_hash` stands for."""
+    """All that an answer depends on, but for the rules that `content_hash` stands for."""
 
-    manifest_hash: str
+    content_hash: str
     tombstones: str
     healing_tier: str | None
     pending: int
@@ -64,7 +62,7 @@ class _Head:
     @property
     def tag(self) -> str:
         """Hash of the answer's content."""
-        parts = (self.manifest_hash, self.tombstones, self.healing_tier, self.commands)
+        parts = (self.content_hash, self.tombstones, self.healing_tier, self.commands)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
@@ -113,7 +111,9 @@ _BODIES: Final = _Bodies()
 async def sync(request: Request) -> Response:
     """The manifest of the calling appliance and its open commands; 304 where it has both already."""
     wanted = _tags(request)
-    caller, (head, body) = await admit(request, lambda connection, caller: _read(connection, caller, wanted))
+    caller, (head, body) = await admit_asking(
+        request, _HEAD, lambda connection, caller, answer: _read(connection, caller, answer, wanted)
+    )
     if head is None:
         raise Problem(
             503,
@@ -152,43 +152,45 @@ def _tags(request: Request) -> frozenset[str]:
 
 
 def _read(
-    connection: psycopg.Connection[Any], caller: Caller, wanted: frozenset[str]
+    connection: psycopg.Connection[Any], caller: Caller, answer: Any, wanted: frozenset[str]
 ) -> tuple[_Head | None, _Body | None]:
     """The head of the answer, and its body unless the caller has it."""
     for _ in range(3):
-        # Sent at once: a transaction costs no more round trips than its query alone.
-        with connection.pipeline(), connection.transaction():
-            speak_for(connection, caller)
-            head = _head(connection, caller)
-            if head is None or head.tag in wanted:
-                return head, None
-            body = _BODIES.get(head.tag) or _made(connection, caller, head)
+        # A manifest that stands under a site which the appliance has left is not its own any more.
+        if answer is None or answer.site_id not in caller.sites:
+            return None, None
+        head = _Head(answer.content_hash, answer.tombstones, caller.healing_tier, answer.pending, answer.commands)
+        if head.tag in wanted:
+            return head, None
+        body = _BODIES.get(head.tag)
+        if body is None:
+            # Sent at once: a transaction costs no more round trips than its query alone.
+            with connection.pipeline(), connection.transaction():
+                speak_for(connection, caller)
+                body = _made(connection, head)
         if body is not None:
             return head, body
+        with connection.pipeline(), connection.transaction():
+            speak_for(connection, caller)
+            answer = connection.cursor(row_factory=namedtuple_row).execute(_HEAD).fetchone()
     # Three manifests were replaced between two queries each: the next sync finds a calmer moment.
     raise Problem(
         503, "manifest_changing", "The manifest is being replaced.", "Ask again.", headers={"Retry-After": "1"}
     )
 
 
-def _head(connection: psycopg.Connection[Any], caller: Caller) -> _Head | None:
-    with connection.cursor(row_factory=namedtuple_row) as cursor:
-        row: Any = cursor.execute(_HEAD, {"appliance": caller.appliance_id, "sites": sorted(caller.sites)}).fetchone()
-    return None if row is None else _Head(*row)
-
-
-def _made(connection: psycopg.Connection[Any], caller: Caller, head: _Head) -> _Body | None:
+def _made(connection: psycopg.Connection[Any], head: _Head) -> _Body | None:
     """Make the answer of this head; None where its manifest was replaced meanwhile."""
-    row = connection.execute(_RULES, (caller.appliance_id, head.manifest_hash)).fetchone()
+    row = connection.execute(_RULES, (head.content_hash,)).fetchone()
     if row is None:
         return None
-    rules = row[0]
+    manifest_hash, rules = row
     answer = {
         "rules": rules,
         "healing_tier": head.healing_tier,
-        "version": head.manifest_hash[:12],
+        "version": manifest_hash[:12],
         "count": len(rules),
-        "manifest_hash": head.manifest_hash,
+        "manifest_hash": manifest_hash,
         "rule_versions": {rule["id"]: rule["version"] for rule in rules},
         "tombstones": json.loads(head.tombstones),
         "commands": json.loads(head.commands),
