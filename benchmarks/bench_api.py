@@ -40,7 +40,8 @@ import uvloop
 from flywheel_pipeline.database import migrate
 from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
-from flywheel_pipeline.delivery.manifest import content_hash, manifest_hash
+from flywheel_pipeline.delivery.manifest import Manifest, manifest_hash
+from flywheel_pipeline.delivery.publish import write_contents
 from flywheel_pipeline.delivery.tokens import issue
 
 ROWS_BAR, P99_BAR, MATCHING_BAR, WHOLE_BAR = 5_000, 0.5, 1_000, 200
@@ -273,22 +274,13 @@ def enrol(engine: sa.Engine, appliances: int) -> list[str]:
                 }
                 for each in range(RULES)
             ]
+            manifest = Manifest(appliance, site, manifest_hash(rules), tuple(rules), ())
             connection.execute(
                 sa.text(
-                    "WITH content AS (INSERT INTO manifest_contents "
-                    "(content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions) "
-                    "VALUES (:content, :hash, CAST(:rules AS jsonb), '[]', :count, '{}', '{}') ON CONFLICT DO NOTHING) "
                     "INSERT INTO appliance_manifests (appliance_id, site_id, content_hash, batch_id) "
                     "VALUES (:appliance, :site, :content, 1)"
                 ),
-                {
-                    "appliance": appliance,
-                    "site": site,
-                    "content": content_hash(manifest_hash(rules), "[]"),
-                    "hash": manifest_hash(rules),
-                    "rules": json.dumps(rules),
-                    "count": RULES,
-                },
+                {"appliance": appliance, "site": site, "content": write_contents(connection, [manifest])[0]},
             )
     return tokens
 

@@ -36,9 +36,10 @@ FROM generate_series(1, :appliances) AS n
 # What the commands should be, from the manifests alone: the slow way, for comparison.
 DIFFERENCES = """
 WITH wanted AS (
-  SELECT m.appliance_id, e ->> 'id' AS rule_id, (e ->> 'version')::int AS rule_version
-  FROM manifest_contents c CROSS JOIN LATERAL jsonb_array_elements(c.rules) AS e JOIN appliance_manifests m USING (content_hash)
-  WHERE e ->> 'source' <> 'builtin'
+  SELECT m.appliance_id, e.rule_id, e.rule_version
+  FROM manifest_contents c CROSS JOIN LATERAL unnest(c.entry_ids) AS n(entry_id) JOIN manifest_entries e USING (entry_id)
+  JOIN appliance_manifests m USING (content_hash)
+  WHERE e.entry ->> 'source' <> 'builtin'
 ),
 commands AS (
   SELECT appliance_id, rule_id, rule_version, status FROM appliance_commands

@@ -392,14 +392,16 @@ def _quarantines(connection: sa.Connection) -> Iterator[dict[str, Any]]:
     yield from _rows(
         connection,
         "SELECT m.appliance_id, q.rule_id, q.scope_value AS site_id, q.since FROM quarantined_scopes AS q "
-        "JOIN rule_manifests AS m ON m.site_id = q.scope_value "
-        "AND m.rules @> jsonb_build_array(jsonb_build_object('id', q.rule_id)) WHERE q.scope_kind = 'site' ORDER BY 1, 2",
+        "JOIN manifest_entries AS e ON e.rule_id = q.rule_id "
+        "JOIN manifest_contents AS c ON c.entry_ids @> ARRAY[e.entry_id] "
+        "JOIN appliance_manifests AS m ON m.content_hash = c.content_hash AND m.site_id = q.scope_value "
+        "WHERE q.scope_kind = 'site' ORDER BY 1, 2",
         "a rule is served at a site where it is quarantined",
     )
 
 
 _CONTENTS = """
-SELECT c.content_hash, c.manifest_hash, c.rules, c.withheld, c.rule_count, min(m.appliance_id) AS appliance_id,
+SELECT c.content_hash, c.manifest_hash, flywheel_manifest_rules(c.entry_ids) AS rules, c.withheld, c.rule_count, min(m.appliance_id) AS appliance_id,
        count(m.appliance_id) AS appliances,
        ARRAY(SELECT jsonb_build_array(r.id, r.version) FROM unnest(c.rule_ids, c.rule_versions) AS r (id, version)) AS listed
 FROM manifest_contents AS c LEFT JOIN appliance_manifests AS m ON m.content_hash = c.content_hash

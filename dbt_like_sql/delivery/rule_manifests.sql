@@ -5,7 +5,7 @@ materialized: view
 grain: one row per appliance that is not retired
 description: >
   What each appliance should run: deterministic and hashed. Thousands of appliances share a few contents, so what stands
-  per appliance names its content and the rules stand once. Rules that its agent cannot run, or has shown that it cannot,
+  per appliance names its content, and a content names the entries of its rules: each stands once. Rules that its agent cannot run, or has shown that it cannot,
   are withheld and listed with the reason. What it was told of and must drop stands there as a tombstone until it has let
   go.
 owner: team:fleet-delivery
@@ -29,7 +29,7 @@ SELECT
   m.appliance_id::text AS appliance_id,
   m.site_id::text AS site_id,
   c.manifest_hash::text AS manifest_hash,
-  c.rules,
+  flywheel_manifest_rules(c.entry_ids) AS rules,
   c.withheld,
   c.rule_count,
   m.batch_id,

@@ -27,6 +27,7 @@ FEEDBACK = frozenset(
         "appliance_manifests",
         "appliance_commands",
         "manifest_contents",
+        "manifest_entries",
         "refresh_batches",
         "rule_events",
         "scope_quarantines",

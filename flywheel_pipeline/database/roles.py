@@ -81,6 +81,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         ),
         "appliance_manifests": (_R,),
         "manifest_contents": (_R,),
+        "manifest_entries": (_R,),
         "appliance_commands": (_R, *_only(_U, "status", "delivered_at", "acknowledged_at", "status_reason", "told_at")),
     },
     PIPELINE: {
@@ -100,6 +101,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         "l1_rules": (_R, *_only(_U, "match_count", "success_count", "failure_count", "updated_at")),
         "appliance_manifests": _WRITE,
         "manifest_contents": _WRITE,
+        "manifest_entries": _WRITE,
         "rule_conflicts": _WRITE,
         "appliance_commands": (_R, _I, _U),
         "appliances": (_R, _I, _U),

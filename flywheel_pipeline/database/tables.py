@@ -640,12 +640,31 @@ appliance_manifests = sa.Table(
     comment="Desired state: one row per appliance; its rules are those of its content.",
 )
 
+manifest_entries = sa.Table(
+    "manifest_entries",
+    metadata,
+    sa.Column("entry_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column(
+        "entry_hash", sa.String(64), nullable=False, unique=True, comment="SHA-256 of the entry as canonical JSON"
+    ),
+    sa.Column("rule_id", sa.String(255), nullable=False),
+    sa.Column("rule_version", sa.Integer, nullable=False),
+    sa.Column("entry", pg.JSONB, nullable=False, comment="the rule as the agent gets it"),
+    sa.Index("manifest_entries_rule_id_idx", "rule_id"),
+    comment="Each rule once in each form in which an agent gets it; contents of manifests name their entries.",
+)
+
 manifest_contents = sa.Table(
     "manifest_contents",
     metadata,
     sa.Column("content_hash", sa.String(64), primary_key=True, comment="of rules and withheld"),
     sa.Column("manifest_hash", sa.String(64), nullable=False),
-    sa.Column("rules", pg.JSONB, nullable=False),
+    sa.Column(
+        "entry_ids",
+        sa.ARRAY(sa.BigInteger),
+        nullable=False,
+        comment="its rules in their order: rows of manifest_entries",
+    ),
     sa.Column("withheld", pg.JSONB, nullable=False),
     sa.Column("rule_count", sa.Integer, nullable=False),
     sa.Column("rule_ids", sa.ARRAY(Text), nullable=False, comment="the promoted rules in it, by id"),

@@ -8,8 +8,9 @@ works inside the caller's transaction and can be repeated: a second call finds n
 # ruff: noqa: S608 (statements are put together from constants of this room; every value is bound)
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -32,10 +33,9 @@ from flywheel_pipeline.delivery.manifest import (
 from flywheel_pipeline.delivery.scopes import load_quarantines
 from flywheel_pipeline.delivery.tombstones import (
     ACTIVE,
-    DIFFERENCES,
     TOMBSTONE_LIFETIME,
-    WANTED_IN_FULL,
     ContentChange,
+    compare_contents,
     confirm_gone,
     mark_withdrawn,
     write_tombstones,
@@ -256,7 +256,7 @@ def write_manifests(conn: sa.Connection, batch_id: int) -> ManifestReport:
         on_unservable="leave_out",
         quarantines=load_quarantines(conn),
     )
-    hashes = _write_contents(conn, manifests)
+    hashes = write_contents(conn, manifests)
     standing = {
         row.appliance_id: (row.site_id, row.content_hash)
         for row in conn.execute(sa.text("SELECT appliance_id, site_id, content_hash FROM appliance_manifests"))
@@ -314,11 +314,10 @@ _PUT_MANIFESTS = """
     ON CONFLICT (appliance_id) DO UPDATE SET
       site_id = excluded.site_id, content_hash = excluded.content_hash, batch_id = excluded.batch_id, built_at = excluded.built_at
 """
-CONTENTS_PER_STATEMENT = 200  # of 150 KB each, put together of a few thousand entries
 
 
-def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[str]:
-    """Store each content that is new, and return the content hash of every manifest."""
+def write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[str]:
+    """Store the contents, and the entries in them, that are new; return the content hash of every manifest, in order."""
     withheld_texts: dict[int, str] = {}
     by_content: dict[tuple[str, int], str] = {}
     distinct: dict[str, Manifest] = {}
@@ -331,48 +330,71 @@ def _write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[
             distinct.setdefault(by_content[key], m)
         hashes.append(by_content[key])
     known = set(conn.execute(sa.text("SELECT content_hash FROM manifest_contents")).scalars())
-    fresh = sorted(distinct.keys() - known)
-    for start in range(0, len(fresh), CONTENTS_PER_STATEMENT):
-        part = [(content, distinct[content]) for content in fresh[start : start + CONTENTS_PER_STATEMENT]]
-        promoted = [sorted((r["id"], r["version"]) for r in m.rules if r["source"] != "builtin") for _, m in part]
-        # Contents share their entries: each is sent once, and put together where they are stored.
-        entries: dict[int, tuple[int, str]] = {}
-        for _, m in part:
-            for entry in m.rules:
-                if id(entry) not in entries:
-                    entries[id(entry)] = (len(entries) + 1, canonical_json(entry))
-        conn.execute(
-            sa.text(
-                """
-                WITH entries AS MATERIALIZED (
-                  SELECT no::integer AS no, entry FROM jsonb_array_elements(CAST(:entries AS jsonb)) WITH ORDINALITY AS e(entry, no)
-                )
-                INSERT INTO manifest_contents (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions)
-                SELECT d.content_hash, d.manifest_hash, r.rules, d.withheld::jsonb, d.rule_count,
-                       ARRAY(SELECT jsonb_array_elements_text(d.ids::jsonb)),
-                       ARRAY(SELECT jsonb_array_elements_text(d.versions::jsonb)::integer)
-                FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:numbers AS text[]),
-                            CAST(:withheld AS text[]), CAST(:counts AS integer[]), CAST(:ids AS text[]),
-                            CAST(:versions AS text[]))
-                  AS d(content_hash, manifest_hash, numbers, withheld, rule_count, ids, versions)
-                CROSS JOIN LATERAL (
-                  SELECT coalesce(jsonb_agg(e.entry ORDER BY n.place), '[]') AS rules
-                  FROM unnest(CAST(d.numbers AS integer[])) WITH ORDINALITY AS n(no, place) JOIN entries e USING (no)
-                ) AS r
-                """
-            ),
-            {
-                "entries": f"[{','.join(text for _, text in entries.values())}]",
-                "contents": [content for content, _ in part],
-                "hashes": [m.manifest_hash for _, m in part],
-                "numbers": ["{" + ",".join(str(entries[id(entry)][0]) for entry in m.rules) + "}" for _, m in part],
-                "withheld": [withheld_texts[id(m.withheld)] for _, m in part],
-                "counts": [len(m.rules) for _, m in part],
-                "ids": [json.dumps([rule_id for rule_id, _ in listed]) for listed in promoted],
-                "versions": [json.dumps([version for _, version in listed]) for listed in promoted],
-            },
-        )
+    fresh = [(content, distinct[content]) for content in sorted(distinct.keys() - known)]
+    if not fresh:
+        return hashes
+    entry_ids = _write_entries(conn, [m for _, m in fresh])
+    promoted = [sorted((r["id"], r["version"]) for r in m.rules if r["source"] != "builtin") for _, m in fresh]
+    conn.execute(
+        sa.text(
+            """
+            INSERT INTO manifest_contents (content_hash, manifest_hash, entry_ids, withheld, rule_count, rule_ids, rule_versions)
+            SELECT d.content_hash, d.manifest_hash, CAST(d.entry_ids AS bigint[]), CAST(d.withheld AS jsonb), d.rule_count,
+                   ARRAY(SELECT jsonb_array_elements_text(CAST(d.ids AS jsonb))), CAST(d.versions AS integer[])
+            FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:entries AS text[]),
+                        CAST(:withheld AS text[]), CAST(:counts AS integer[]), CAST(:ids AS text[]),
+                        CAST(:versions AS text[]))
+              AS d(content_hash, manifest_hash, entry_ids, withheld, rule_count, ids, versions)
+            """
+        ),
+        {
+            "contents": [content for content, _ in fresh],
+            "hashes": [m.manifest_hash for _, m in fresh],
+            "entries": [_array(entry_ids[id(entry)] for entry in m.rules) for _, m in fresh],
+            "withheld": [withheld_texts[id(m.withheld)] for _, m in fresh],
+            "counts": [len(m.rules) for _, m in fresh],
+            "ids": [json.dumps([rule_id for rule_id, _ in listed]) for listed in promoted],
+            "versions": [_array(version for _, version in listed) for listed in promoted],
+        },
+    )
     return hashes
+
+
+def _write_entries(conn: sa.Connection, manifests: Sequence[Manifest]) -> dict[int, int]:
+    """Store the entries that are new; return the entry id by the identity of the entry's object, of which few are shared."""
+    objects = {id(entry): entry for m in manifests for entry in m.rules}
+    texts = {key: canonical_json(entry) for key, entry in objects.items()}
+    by_text = {text: (hashlib.sha256(text.encode()).hexdigest(), objects[key]) for key, text in texts.items()}
+    values = {
+        "hashes": [hashed for hashed, _ in by_text.values()],
+        "rules": [str(entry["id"]) for _, entry in by_text.values()],
+        "versions": [int(entry["version"]) for _, entry in by_text.values()],
+        "entries": list(by_text),
+    }
+    conn.execute(
+        sa.text(
+            """
+            INSERT INTO manifest_entries (entry_hash, rule_id, rule_version, entry)
+            SELECT d.entry_hash, d.rule_id, d.rule_version, CAST(d.entry AS jsonb)
+            FROM unnest(CAST(:hashes AS text[]), CAST(:rules AS text[]), CAST(:versions AS integer[]), CAST(:entries AS text[]))
+              AS d(entry_hash, rule_id, rule_version, entry)
+            WHERE NOT EXISTS (SELECT FROM manifest_entries e WHERE e.entry_hash = d.entry_hash)
+            ORDER BY d.rule_id, d.entry_hash
+            """
+        ),
+        values,
+    )
+    stored = conn.execute(
+        sa.text("SELECT entry_hash, entry_id FROM manifest_entries WHERE entry_hash = ANY (:hashes)"),
+        {"hashes": values["hashes"]},
+    )
+    ids = {row.entry_hash: row.entry_id for row in stored}
+    return {key: ids[by_text[text][0]] for key, text in texts.items()}
+
+
+def _array(numbers: Iterable[int]) -> str:
+    """Numbers as PostgreSQL writes an array of them."""
+    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 def _drop_unused_contents(conn: sa.Connection) -> None:
@@ -385,20 +407,28 @@ def _drop_unused_contents(conn: sa.Connection) -> None:
             """
         )
     )
+    conn.execute(
+        sa.text(
+            """
+            DELETE FROM manifest_entries e
+            WHERE NOT EXISTS (
+              SELECT FROM (SELECT DISTINCT unnest(c.entry_ids) AS entry_id FROM manifest_contents c) AS u
+              WHERE u.entry_id = e.entry_id)
+            """
+        )
+    )
 
 
 # Appliances whose commands are not in line with their manifest, and what the difference is. Commands are told of promoted
 # rules alone: built-in rules ship with the agent.
 _LIVE = "coalesce(a.status = 'online' AND a.last_checkin >= :alive_since, false)"
-_DUE = f"""
-    changed AS MATERIALIZED (
-      SELECT m.appliance_id, m.commanded_hash AS old, m.content_hash AS new, {_LIVE} AS live
-      FROM appliance_manifests m LEFT JOIN appliances a USING (appliance_id)
-      WHERE m.commanded_hash IS DISTINCT FROM m.content_hash
-    ),
-    {DIFFERENCES},
-    {WANTED_IN_FULL},
-    newly_wanted AS (
+_CHANGED = f"""
+    SELECT m.appliance_id, m.commanded_hash AS old, m.content_hash AS new, {_LIVE} AS live
+    FROM appliance_manifests m LEFT JOIN appliances a USING (appliance_id)
+    WHERE m.commanded_hash IS DISTINCT FROM m.content_hash
+"""
+_NEWLY_WANTED = """
+    WITH newly_wanted AS (
       SELECT d.appliance_id, r.rule_id, r.rule_version
       FROM changed d JOIN added r ON (r.old, r.new) = (d.old, d.new)
       WHERE d.live
@@ -442,6 +472,7 @@ def queue_commands(conn: sa.Connection, batch_id: int) -> CommandReport:
     def run(statement: str) -> int:
         return conn.execute(sa.text(statement), values).rowcount
 
+    compare_contents(conn, _CHANGED, values)
     superseded = run(_SUPERSEDE_REMOVED) + run(_SUPERSEDE_UNKNOWN) + run(_SUPERSEDE_ORPHANS) + run(_SUPERSEDE_SETTLED)
     expired = expire_commands(conn, clock, batch_id=batch_id)
     redelivered = run(_REDELIVER_EXPIRED) + run(_REDELIVER_WANTED) + run(_REDELIVER_WITHDRAWALS)
@@ -454,16 +485,14 @@ def queue_commands(conn: sa.Connection, batch_id: int) -> CommandReport:
     )
 
 
-_SUPERSEDE_REMOVED = f"""
-    WITH {_DUE}
+_SUPERSEDE_REMOVED = """
     UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
     FROM changed d JOIN removed r ON (r.old, r.new) = (d.old, d.new)
     WHERE (c.appliance_id, c.rule_id, c.rule_version) = (d.appliance_id, r.rule_id, r.rule_version)
       AND c.command_type = 'sync_promoted_rule' AND c.status IN ('pending', 'delivered', 'expired')
 """
 # Of appliances whose earlier content is not known, everything that the manifest does not hold.
-_SUPERSEDE_UNKNOWN = f"""
-    WITH {_DUE}
+_SUPERSEDE_UNKNOWN = """
     UPDATE appliance_commands c SET status = 'superseded', batch_id = :batch, status_reason = :no_longer
     FROM changed d
     WHERE d.old IS NULL AND c.appliance_id = d.appliance_id
@@ -515,7 +544,7 @@ _REDELIVER_EXPIRED = f"""
           AND {ACTIVE.replace("c.", "s.")}))
 """
 _REDELIVER_WANTED = f"""
-    WITH {_DUE}
+    {_NEWLY_WANTED}
     {_AGAIN}
     FROM newly_wanted w
     WHERE c.command_type = 'sync_promoted_rule' AND c.status = 'superseded'
@@ -528,7 +557,7 @@ _REDELIVER_WITHDRAWALS = f"""
       AND (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version)
 """
 _QUEUE_WANTED = f"""
-    WITH {_DUE}
+    {_NEWLY_WANTED}
     INSERT INTO appliance_commands
       (appliance_id, command_type, params, status, created_at, expires_at, rule_id, rule_version, batch_id)
     SELECT w.appliance_id, 'sync_promoted_rule',

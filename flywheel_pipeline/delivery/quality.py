@@ -14,19 +14,21 @@ from flywheel_pipeline.quality import Finding
 EXECUTED_WITHIN = dt.timedelta(days=3)
 
 _SERVED_BUT_NOT_ENABLED = """
-SELECT m.appliance_id, s.rule_id, coalesce(r.state, 'unknown') AS state, 'served although not in service' AS problem
-FROM manifest_contents AS c
-CROSS JOIN LATERAL (SELECT e ->> 'id' AS rule_id, (e ->> 'version')::int AS version FROM jsonb_array_elements(c.rules) AS e) AS s
-LEFT JOIN l1_rules AS r ON r.rule_id = s.rule_id
+SELECT m.appliance_id, e.rule_id, coalesce(r.state, 'unknown') AS state, 'served although not in service' AS problem
+FROM manifest_entries AS e
+LEFT JOIN l1_rules AS r ON r.rule_id = e.rule_id
+JOIN manifest_contents AS c ON c.entry_ids @> ARRAY[e.entry_id]
 JOIN appliance_manifests AS m ON m.content_hash = c.content_hash
-WHERE r.enabled IS NOT TRUE OR r.rule_version <> s.version
+WHERE r.enabled IS NOT TRUE OR r.rule_version <> e.rule_version
 """
 # Rules of the whole fleet must stand in every manifest, or among what is withheld there with its reason.
 _FORGOTTEN = """
 SELECT m.appliance_id, r.rule_id, r.state, 'in service, but neither served nor withheld' AS problem
 FROM (
   SELECT c.content_hash, r.rule_id FROM manifest_contents AS c CROSS JOIN l1_rules AS r WHERE r.state = 'fleet'
-  EXCEPT SELECT c.content_hash, e ->> 'id' FROM manifest_contents AS c CROSS JOIN LATERAL jsonb_array_elements(c.rules) AS e
+  EXCEPT
+  SELECT c.content_hash, e.rule_id
+  FROM manifest_contents AS c CROSS JOIN LATERAL unnest(c.entry_ids) AS n(entry_id) JOIN manifest_entries AS e USING (entry_id)
   EXCEPT SELECT c.content_hash, w ->> 'rule_id' FROM manifest_contents AS c CROSS JOIN LATERAL jsonb_array_elements(c.withheld) AS w
 ) AS f
 JOIN l1_rules AS r ON r.rule_id = f.rule_id

@@ -42,7 +42,8 @@ def no_manifest_serves_a_quarantined_scope(connection: sa.Connection) -> Finding
                 """
                 SELECT m.appliance_id, q.rule_id, q.scope_kind, q.scope_value, q.since
                 FROM quarantined_scopes AS q
-                JOIN manifest_contents AS c ON c.rules @> jsonb_build_array(jsonb_build_object('id', q.rule_id))
+                JOIN manifest_entries AS e ON e.rule_id = q.rule_id
+                JOIN manifest_contents AS c ON c.entry_ids @> ARRAY[e.entry_id]
                 JOIN appliance_manifests AS m ON m.content_hash = c.content_hash
                 LEFT JOIN appliances AS a ON a.appliance_id = m.appliance_id
                 WHERE CASE q.scope_kind WHEN 'site' THEN m.site_id

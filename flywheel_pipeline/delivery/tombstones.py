@@ -11,7 +11,7 @@ the last two stands a tombstone, for at most `TOMBSTONE_LIFETIME`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -33,35 +33,61 @@ class ContentChange:
     new: str
 
 
-# What a change took out of a manifest and put into it; thousands of appliances share a few pairs of contents.
-DIFFERENCES = """
-    pairs AS (SELECT DISTINCT old, new FROM changed WHERE old IS NOT NULL),
-    olds AS (
-      SELECT p.old, p.new, r.rule_id, r.rule_version
-      FROM pairs p JOIN manifest_contents c ON c.content_hash = p.old
-      CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
-    ),
-    news AS (
-      SELECT p.old, p.new, r.rule_id, r.rule_version
-      FROM pairs p JOIN manifest_contents c ON c.content_hash = p.new
-      CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
-    ),
-    removed AS (SELECT * FROM olds EXCEPT SELECT * FROM news),
-    added AS (SELECT * FROM news EXCEPT SELECT * FROM olds)
+_COMPARED = (
+    "DROP TABLE IF EXISTS pg_temp.changed, pg_temp.removed, pg_temp.added, pg_temp.wanted",
+    "CREATE TEMP TABLE changed (appliance_id text, old text, new text, live boolean) ON COMMIT DROP",
+    "CREATE TEMP TABLE removed (old text, new text, rule_id text, rule_version integer) ON COMMIT DROP",
+    "CREATE TEMP TABLE added (LIKE removed) ON COMMIT DROP",
+    "CREATE TEMP TABLE wanted (appliance_id text, rule_id text, rule_version integer) ON COMMIT DROP",
+)
+# Thousands of appliances share a few pairs of contents, so a change is a pair's and not an appliance's.
+_VERSIONS = """
+    SELECT p.old, p.new, r.rule_id, r.rule_version
+    FROM (SELECT DISTINCT old, new FROM changed WHERE old IS NOT NULL) AS p
+    JOIN manifest_contents c ON c.content_hash = p.{side}
+    CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
 """
-# Of an appliance whose content before is not known: everything that it should run.
-WANTED_IN_FULL = """
-    wanted AS (
-      SELECT d.appliance_id, r.rule_id, r.rule_version
-      FROM changed d JOIN manifest_contents c ON c.content_hash = d.new
-      CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
-      WHERE d.old IS NULL
-    )
-"""
-_CHANGED = """
-    changed AS (
-      SELECT * FROM unnest(CAST(:ids AS text[]), CAST(:olds AS text[]), CAST(:news AS text[])) AS d(appliance_id, old, new)
-    )
+_DIFFER = "INSERT INTO {name} ({of}) EXCEPT ({other})"
+_DIFFERENCES = (
+    _DIFFER.format(name="removed", of=_VERSIONS.format(side="old"), other=_VERSIONS.format(side="new")),
+    _DIFFER.format(name="added", of=_VERSIONS.format(side="new"), other=_VERSIONS.format(side="old")),
+    """
+    INSERT INTO wanted
+    SELECT d.appliance_id, r.rule_id, r.rule_version
+    FROM changed d JOIN manifest_contents c ON c.content_hash = d.new
+    CROSS JOIN LATERAL unnest(c.rule_ids, c.rule_versions) AS r(rule_id, rule_version)
+    WHERE d.old IS NULL
+    """,
+    "ANALYZE changed, removed, added, wanted",
+)
+
+
+def compare_contents(conn: sa.Connection, changed: str, values: Mapping[str, object]) -> int:
+    """Compare contents once for all the statements behind it, in temporary tables of the transaction.
+
+    `changed` holds the appliances, `removed` and `added` the promoted rule versions that a change from one content to
+    another took out and put in, `wanted` all those that an appliance should run whose content before is not known.
+
+    Args:
+        conn: a connection in a transaction.
+        changed: a query of appliance_id, old content hash (null: not known), new content hash, and whether the appliance
+            is live; with the parameters `values`.
+        values: its parameters.
+
+    Returns:
+        How many appliances changed.
+    """
+    for statement in _COMPARED:
+        conn.execute(sa.text(statement))
+    changes = conn.execute(sa.text(f"INSERT INTO changed {changed}"), values).rowcount
+    for statement in _DIFFERENCES:
+        conn.execute(sa.text(statement))
+    return changes
+
+
+_WRITTEN = """
+    SELECT d.appliance_id, d.old, d.new, NULL::boolean
+    FROM unnest(CAST(:ids AS text[]), CAST(:olds AS text[]), CAST(:news AS text[])) AS d(appliance_id, old, new)
 """
 # A tombstone stands for these rows. Its index has the same condition, but for the age.
 ACTIVE = """
@@ -84,19 +110,18 @@ def mark_withdrawn(conn: sa.Connection, changes: Sequence[ContentChange], clock:
         "ids": [c.appliance_id for c in changes],
         "olds": [c.old for c in changes],
         "news": [c.new for c in changes],
-        "clock": clock,
     }
+    compare_contents(conn, _WRITTEN, values)
     conn.execute(
         sa.text(
-            f"""
-            WITH {_CHANGED}, {DIFFERENCES}
+            """
             UPDATE appliance_commands c SET withdrawn_at = :clock, gone_at = NULL
             FROM changed d JOIN removed r ON (r.old, r.new) = (d.old, d.new)
             WHERE (c.appliance_id, c.rule_id, c.rule_version) = (d.appliance_id, r.rule_id, r.rule_version)
               AND c.command_type = 'sync_promoted_rule' AND c.withdrawn_at IS NULL
-            """  # noqa: S608
+            """
         ),
-        values,
+        {"clock": clock},
     )
     back = """
             UPDATE appliance_commands c SET
@@ -111,20 +136,17 @@ def mark_withdrawn(conn: sa.Connection, changes: Sequence[ContentChange], clock:
     """
     conn.execute(
         sa.text(
-            f"WITH {_CHANGED}, {DIFFERENCES} "
-            + back.format(
+            back.format(
                 source="changed d JOIN added r ON (r.old, r.new) = (d.old, d.new)",
                 keys="d.appliance_id, r.rule_id, r.rule_version",
             )
-        ),
-        values,
+        )
     )
     if all(change.old is not None for change in changes):
         return
     conn.execute(
         sa.text(
-            f"""
-            WITH {_CHANGED}, {WANTED_IN_FULL}
+            """
             UPDATE appliance_commands c SET withdrawn_at = :clock, gone_at = NULL
             FROM changed d
             WHERE d.old IS NULL AND c.appliance_id = d.appliance_id
@@ -132,17 +154,11 @@ def mark_withdrawn(conn: sa.Connection, changes: Sequence[ContentChange], clock:
               AND NOT EXISTS (
                 SELECT FROM wanted w
                 WHERE (w.appliance_id, w.rule_id, w.rule_version) = (c.appliance_id, c.rule_id, c.rule_version))
-            """  # noqa: S608
+            """
         ),
-        values,
+        {"clock": clock},
     )
-    conn.execute(
-        sa.text(
-            f"WITH {_CHANGED}, {WANTED_IN_FULL} "
-            + back.format(source="wanted w", keys="w.appliance_id, w.rule_id, w.rule_version")
-        ),
-        values,
-    )
+    conn.execute(sa.text(back.format(source="wanted w", keys="w.appliance_id, w.rule_id, w.rule_version")))
 
 
 def confirm_gone(conn: sa.Connection, clock: datetime) -> int:

@@ -251,8 +251,9 @@ def _rollout(connection: sa.Connection, rule: dict[str, Any]) -> dict[str, Any] 
     ).one_or_none()
     served = connection.execute(
         sa.text(
-            "SELECT count(DISTINCT site_id) FROM rule_manifests "
-            "WHERE rules @> jsonb_build_array(jsonb_build_object('id', CAST(:id AS text)))"
+            "SELECT count(DISTINCT m.site_id) FROM manifest_entries AS e "
+            "JOIN manifest_contents AS c ON c.entry_ids @> ARRAY[e.entry_id] "
+            "JOIN appliance_manifests AS m ON m.content_hash = c.content_hash WHERE e.rule_id = :id"
         ),
         {"id": rule["rule_id"]},
     ).scalar_one()

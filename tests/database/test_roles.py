@@ -89,8 +89,9 @@ def two_sites(engine: Engine) -> Engine:
         connection.exec_driver_sql(
             "INSERT INTO sites (site_id) VALUES ('site-a'), ('site-b'); "
             "INSERT INTO appliances (appliance_id, site_id) VALUES ('site-a-01', 'site-a'), ('site-a-02', 'site-a'), ('site-b-01', 'site-b'); "
-            "INSERT INTO manifest_contents (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions) "
-            "SELECT site_id, repeat('0', 64), '[]', '[]', 0, '{}', '{}' FROM sites; "
+            "INSERT INTO manifest_entries (entry_hash, rule_id, rule_version, entry) SELECT site_id, site_id, 1, '{}' FROM sites; "
+            "INSERT INTO manifest_contents (content_hash, manifest_hash, entry_ids, withheld, rule_count, rule_ids, rule_versions) "
+            "SELECT rule_id, repeat('0', 64), ARRAY[entry_id], '[]', 0, '{}', '{}' FROM manifest_entries; "
             "INSERT INTO appliance_manifests (appliance_id, site_id, content_hash, batch_id) "
             "SELECT appliance_id, site_id, site_id, 1 FROM appliances; "
             "INSERT INTO appliance_commands (appliance_id, command_type) SELECT appliance_id, 'sync_promoted_rule' FROM appliances; "
@@ -173,7 +174,8 @@ def test_the_agent_role_touches_no_rule_ledger_token_or_alias(two_sites: Engine)
             "INSERT INTO rule_events DEFAULT VALUES",
             "DELETE FROM execution_telemetry",
             "UPDATE appliance_manifests SET tombstones = '[]'",
-            "UPDATE manifest_contents SET rules = '[]'",
+            "UPDATE manifest_contents SET entry_ids = '{}'",
+            "UPDATE manifest_entries SET entry = '{}'",
             "SELECT * FROM rule_manifests",
             "UPDATE appliances SET site_id = 'site-b'",
             "UPDATE site_aliases SET site_id = 'site-b'",
@@ -193,6 +195,7 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
                 ("appliances", "appliance_id"),
                 ("appliance_manifests", "appliance_id"),
                 ("manifest_contents", "content_hash"),
+                ("manifest_entries", "entry_hash"),
                 ("appliance_commands", "appliance_id"),
                 ("sites", "site_id"),
                 ("site_aliases", "alias"),
@@ -206,6 +209,7 @@ def test_an_appliances_session_sees_its_own_site_and_nothing_of_another(two_site
             "appliances": ["site-a-01", "site-a-02"],
             "appliance_manifests": own,
             "manifest_contents": ["site-a"],
+            "manifest_entries": ["site-a"],
             "appliance_commands": own,
             "sites": ["site-a"],
             "site_aliases": ["old-a"],

@@ -25,6 +25,8 @@ import httpx
 import sqlalchemy as sa
 from starlette.testclient import TestClient
 
+from flywheel_pipeline.delivery.manifest import Manifest, manifest_hash
+from flywheel_pipeline.delivery.publish import write_contents
 from flywheel_pipeline.delivery.tokens import issue
 
 NDJSON = "application/x-ndjson"
@@ -75,33 +77,18 @@ def bearer(token: str, **headers: str) -> dict[str, str]:
 
 def give_manifest(engine: sa.Engine, appliance_id: str, site_id: str, rules: Sequence[Mapping[str, Any]]) -> None:
     """Let this be the appliance's desired state."""
-    from flywheel_pipeline.delivery.manifest import content_hash, manifest_hash
-
+    manifest = Manifest(appliance_id, site_id, manifest_hash(rules), tuple(map(dict, rules)), ())
     with engine.begin() as connection:
+        [content] = write_contents(connection, [manifest])
         connection.execute(
             sa.text(
                 """
-                WITH content AS (
-                  INSERT INTO manifest_contents
-                    (content_hash, manifest_hash, rules, withheld, rule_count, rule_ids, rule_versions)
-                  VALUES (:content, :hash, CAST(:rules AS jsonb), '[]', :count, :ids, :versions)
-                  ON CONFLICT DO NOTHING
-                )
                 INSERT INTO appliance_manifests (appliance_id, site_id, content_hash, batch_id)
                 VALUES (:appliance, :site, :content, 1)
                 ON CONFLICT (appliance_id) DO UPDATE SET content_hash = excluded.content_hash, site_id = excluded.site_id
                 """
             ),
-            {
-                "appliance": appliance_id,
-                "site": site_id,
-                "content": content_hash(manifest_hash(rules), "[]"),
-                "hash": manifest_hash(rules),
-                "rules": json.dumps(rules),
-                "count": len(rules),
-                "ids": [rule["id"] for rule in rules],
-                "versions": [rule["version"] for rule in rules],
-            },
+            {"appliance": appliance_id, "site": site_id, "content": content},
         )
 
 

@@ -44,7 +44,7 @@ FAULTS: dict[str, tuple[int, str]] = {
     ),
     "a placeholder served": (
         3,
-        "UPDATE manifest_contents SET rules = jsonb_set(rules, '{0,actions}', '[\"run_runbook:AUTO-BITLOCKER_STATUS\"]')",
+        "UPDATE manifest_entries SET entry = jsonb_set(entry, '{actions}', '[\"run_runbook:AUTO-BITLOCKER_STATUS\"]')",
     ),
     "a rule moved without an event": (4, "UPDATE l1_rules SET state = 'retired' WHERE rule_id = 'RB-AUTO-FIREWALL'"),
     "a promoted pattern whose rule is gone": (
@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[int, str]] = {
     ),
     "a manifest edited": (
         7,
-        "UPDATE manifest_contents SET rules = jsonb_set(rules, '{0,severity}', '\"low\"')",
+        "UPDATE manifest_entries SET entry = jsonb_set(entry, '{severity}', '\"low\"')",
     ),
     "a manifest edited, hash included": (
         7,
@@ -96,6 +96,10 @@ FAULTS: dict[str, tuple[int, str]] = {
     "a rule struck from the list of a content": (
         7,
         "UPDATE manifest_contents SET rule_ids = '{}', rule_versions = '{}'",
+    ),
+    "an entry deleted": (
+        7,
+        "DELETE FROM manifest_entries WHERE entry_id = (SELECT min(entry_id) FROM manifest_entries)",
     ),
     "a content deleted": (
         7,

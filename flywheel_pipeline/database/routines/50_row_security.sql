@@ -60,6 +60,12 @@ DROP POLICY IF EXISTS flywheel_own_appliance ON manifest_contents;
 CREATE POLICY flywheel_own_appliance ON manifest_contents TO PUBLIC
   USING (NOT (SELECT flywheel_speaks_for_an_appliance())
     OR content_hash = (SELECT m.content_hash FROM appliance_manifests AS m WHERE m.appliance_id = (SELECT flywheel_session_appliance())));
+ALTER TABLE manifest_entries ENABLE ROW LEVEL SECURITY;
+DROP POLICY IF EXISTS flywheel_own_appliance ON manifest_entries;
+CREATE POLICY flywheel_own_appliance ON manifest_entries TO PUBLIC
+  USING (NOT (SELECT flywheel_speaks_for_an_appliance())
+    OR entry_id = ANY ((SELECT c.entry_ids FROM appliance_manifests AS m JOIN manifest_contents AS c USING (content_hash)
+                        WHERE m.appliance_id = (SELECT flywheel_session_appliance()))::bigint[]));
 
 ALTER TABLE appliance_commands ENABLE ROW LEVEL SECURITY;
 DROP POLICY IF EXISTS flywheel_own_appliance ON appliance_commands;

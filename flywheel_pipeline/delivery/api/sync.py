@@ -43,7 +43,7 @@ CROSS JOIN ({_OPEN}) AS c
 WHERE m.appliance_id = flywheel_session_appliance()
 """  # noqa: S608
 _RULES: Final = """
-SELECT t.manifest_hash, t.rules FROM appliance_manifests m JOIN manifest_contents t USING (content_hash)
+SELECT t.manifest_hash, t.rule_count, flywheel_manifest_rules(t.entry_ids) FROM appliance_manifests m JOIN manifest_contents t USING (content_hash)
 WHERE m.appliance_id = flywheel_session_appliance() AND t.content_hash = %s
 """
 _GZIP_FROM_BYTES: Final = 1_024
@@ -184,7 +184,9 @@ def _made(connection: psycopg.Connection[Any], head: _Head) -> _Body | None:
     row = connection.execute(_RULES, (head.content_hash,)).fetchone()
     if row is None:
         return None
-    manifest_hash, rules = row
+    manifest_hash, rule_count, rules = row
+    if len(rules) != rule_count:
+        return None  # its entries were dropped behind the manifest that replaced it
     answer = {
         "rules": rules,
         "healing_tier": head.healing_tier,

@@ -1,4 +1,4 @@
-"""What an appliance should run is named by its content alone; the rules stand once, in the contents."""
+"""What an appliance should run is named by its content, and a content names its entries: each stands once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision = "0008"
 down_revision = "0007"
@@ -42,6 +43,7 @@ def upgrade() -> None:
     op.create_table_comment(
         "appliance_manifests", "Desired state: one row per appliance; its rules are those of its content."
     )
+    _name_entries(connection)
     op.drop_index("appliance_commands_open_idx", table_name="appliance_commands", if_exists=True)
 
 
@@ -54,7 +56,7 @@ def _our_readers(connection: sa.Connection) -> list[str]:
               FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
               WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND r.ev_class <> d.refobjid
             ), found AS (
-              SELECT reader FROM reads WHERE read = 'rule_manifests'::regclass
+              SELECT reader FROM reads WHERE read IN ('rule_manifests'::regclass, 'manifest_contents'::regclass)
               UNION SELECT reads.reader FROM found JOIN reads ON reads.read = found.reader
             )
             SELECT DISTINCT quote_ident(v.relname)
@@ -86,7 +88,7 @@ def _name_contents(connection: sa.Connection) -> None:
             {
                 "content": content,
                 "hash": row.manifest_hash,
-                "rules": json.dumps(row.rules),
+                "rules": _canonical(row.rules),
                 "withheld": json.dumps(row.withheld),
                 "count": len(row.rules),
                 "ids": [rule_id for rule_id, _ in promoted],
@@ -99,7 +101,58 @@ def _name_contents(connection: sa.Connection) -> None:
         )
 
 
+def _name_entries(connection: sa.Connection) -> None:
+    """Store each entry once, and let the contents name them in their order."""
+    op.create_table(
+        "manifest_entries",
+        sa.Column("entry_id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("entry_hash", sa.String(length=64), nullable=False, comment="SHA-256 of the entry as canonical JSON"),
+        sa.Column("rule_id", sa.String(length=255), nullable=False),
+        sa.Column("rule_version", sa.Integer(), nullable=False),
+        sa.Column(
+            "entry", postgresql.JSONB(astext_type=sa.Text()), nullable=False, comment="the rule as the agent gets it"
+        ),
+        sa.PrimaryKeyConstraint("entry_id", name=op.f("manifest_entries_pkey")),
+        sa.UniqueConstraint("entry_hash", name=op.f("manifest_entries_entry_hash_key")),
+        comment="Each rule once in each form in which an agent gets it; contents of manifests name their entries.",
+    )
+    op.create_index("manifest_entries_rule_id_idx", "manifest_entries", ["rule_id"])
+    op.add_column(
+        "manifest_contents",
+        sa.Column(
+            "entry_ids",
+            sa.ARRAY(sa.BigInteger()),
+            nullable=True,
+            comment="its rules in their order: rows of manifest_entries",
+        ),
+    )
+    known: dict[str, int] = {}
+    for row in connection.exec_driver_sql("SELECT content_hash, rules FROM manifest_contents").all():
+        ids = []
+        for rule in row.rules:
+            text = _canonical(rule)
+            hashed = hashlib.sha256(text.encode()).hexdigest()
+            if hashed not in known:
+                known[hashed] = connection.execute(
+                    sa.text(
+                        "INSERT INTO manifest_entries (entry_hash, rule_id, rule_version, entry) "
+                        "VALUES (:hash, :rule, :version, CAST(:entry AS jsonb)) RETURNING entry_id"
+                    ),
+                    {"hash": hashed, "rule": rule["id"], "version": rule["version"], "entry": text},
+                ).scalar_one()
+            ids.append(known[hashed])
+        connection.execute(
+            sa.text("UPDATE manifest_contents SET entry_ids = :ids WHERE content_hash = :content"),
+            {"ids": ids, "content": row.content_hash},
+        )
+    op.alter_column("manifest_contents", "entry_ids", nullable=False, existing_type=sa.ARRAY(sa.BigInteger()))
+    op.drop_column("manifest_contents", "rules")
+
+
 def _content_hash(manifest_hash: str, withheld: object) -> str:
     # As the delivery room names a content at this revision; a migration does not import what may change later.
-    text = json.dumps(withheld, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(f"{manifest_hash}{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{manifest_hash}{_canonical(withheld)}".encode()).hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
