@@ -2,9 +2,9 @@
 #
 #   make run    the day of 2026-02-15 through the whole graph, checked figure by figure; exit 0 if all hold
 #   make up     plays that day unless it was played before, then the Dagster UI with its daemon; Ctrl-C stops them
-#   make test   lint and all tests
+#   make test   lint and all tests; lint audits the dependencies too, and says so where nobody answers about vulnerabilities
 #   make faults every fault test, then a soak of 210 random faults under eight writers; make faults QUICK=1 a short one
-#   make audit  known vulnerabilities of the locked dependencies (asks pypi.org)
+#   make audit  known vulnerabilities of the locked dependencies (asks pypi.org, and fails without an answer)
 #   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
@@ -34,13 +34,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/audit.py
 
 faults: install
 	$(BIN)/python -m pytest -m "faults or long"
 	$(BIN)/python tests/faults/soak.py $(if $(QUICK),--quick)
 
 audit: install
-	$(BIN)/pip-audit --requirement requirements.lock --require-hashes --no-deps --disable-pip
+	$(BIN)/python tools/audit.py --known
 
 bench: install
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)

@@ -2,7 +2,8 @@
 
 All figures are ratios of two things measured in the same run, so that they hold on another machine; a line that
 misses its bar begins with MISS, and the exit code is 1 then. --quick takes smaller data and fewer rounds: minutes
-instead of the better part of an hour.
+instead of the better part of an hour. Two proofs by numbers run apart, since they take long: `fuzz_api.py` (100,000 broken
+payloads) and `score_fleets.py` (1,000 simulated fleets).
 
     python benchmarks/run.py [--quick] [NAME ...]        # NAME: refresh, rebuild, ingest, ...
 """

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from flywheel_pipeline.cli.terminal import open_database, out, print_json, progress
 
@@ -68,7 +69,7 @@ def restore(
         if changes:
             out.print(f"Brought from release {found.release} to this one: {len(changes)} changes.")
         for item in broken:
-            out.print(f"[red]✗[/] {item.invariant} {item.statement}: {item.finding.sentence}", soft_wrap=True)
+            out.print(f"[red]✗[/] {item.invariant} {item.statement}: {escape(item.finding.sentence)}", soft_wrap=True)
         out.print(
             "Healthy. What had not been counted when the backup was taken waits in the outbox: `flywheel run` goes on."
             if not broken

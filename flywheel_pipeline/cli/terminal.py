@@ -1,24 +1,44 @@
 """What every command shares: consoles, JSON output, tables, and engines.
 
-Standard output carries the result (or one JSON document), standard error carries progress and messages.
+Standard output carries the result (or one JSON document), standard error carries progress and messages. Ids, host names and
+errors come from agents and are hostile: markup in them is text, and control characters are shown, never sent.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# C0 but tab and newline, DEL, C1, and what turns the direction of text: a terminal obeys them (title, clipboard, erased lines).
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+class SafeConsole(Console):
+    """A console whose terminal obeys nothing but its own styles: what text would make it do is shown as an escape."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as always, and show control characters in what is text."""
+        for segment in super().render(renderable, options):
+            if segment.control or not _OBEYED.search(segment.text):
+                yield segment
+            else:
+                yield Segment(_OBEYED.sub(lambda found: ascii(found[0])[1:-1], segment.text), segment.style)
+
+
+out: Console = SafeConsole(highlight=False)
+err: Console = SafeConsole(stderr=True, highlight=False)
 
 
 def _plain(value: Any) -> Any:
@@ -41,7 +61,9 @@ def percent(rate: float | None) -> str:
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
     """Print rows under headings {key: heading}; numbers to the right, null as a dash."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for key, heading in columns.items():
         number = any(isinstance(row.get(key), (int, float)) and not isinstance(row.get(key), bool) for row in rows)
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
@@ -55,7 +77,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[
                 cells.append(f"{value:,}")
             else:
                 cells.append(str(value))
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     out.print(table)
 
 

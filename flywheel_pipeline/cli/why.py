@@ -60,7 +60,7 @@ def why(
         (
             "Errors",
             [
-                {"failures": e.count, "hosts": e.hosts, "class": e.outcome_class, "error": escape(e.template)}
+                {"failures": e.count, "hosts": e.hosts, "class": e.outcome_class, "error": e.template}
                 for e in found.templates[:10]
             ],
         ),

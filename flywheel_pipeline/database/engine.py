@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy import URL, Engine
 
@@ -19,6 +20,8 @@ MINIMUM_SERVER_VERSION: Final = 150000  # UNIQUE NULLS NOT DISTINCT came with Po
 CONNECT_TIMEOUT_SECONDS: Final = 10
 APPLICATION_NAME: Final = "flywheel"
 DRIVER: Final = "postgresql+psycopg"
+
+_LOOK: Final = "SET client_connection_check_interval = '2s'"
 
 _EXAMPLE = "postgresql://user:password@host:5432/database"
 _ACCEPTED = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
@@ -137,4 +140,19 @@ def _engine(url: URL, *, poolclass: type[sa.Pool] | None = None) -> Engine:
         arguments["application_name"] = APPLICATION_NAME
     if "connect_timeout" not in url.query:
         arguments["connect_timeout"] = CONNECT_TIMEOUT_SECONDS
-    return sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)
+    engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)
+    sa.event.listen(engine, "connect", _look_for_the_client)
+    return engine
+
+
+def _look_for_the_client(connection: psycopg.Connection, _: object) -> None:
+    """Have the server look whether the client is still there, in mid-statement too, and end the statement if not.
+
+    Otherwise a run that was cancelled or killed leaves its statement behind: a refresh that nobody waits for any more
+    goes on, and holds the refresh lock until it is done.
+    """
+    try:
+        connection.execute(_LOOK)
+        connection.commit()
+    except psycopg.errors.InvalidParameterValue:  # a server on Windows cannot look; there it ends with its statement
+        connection.rollback()

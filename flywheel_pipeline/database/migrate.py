@@ -160,3 +160,8 @@ def _apply_routines(connection: Connection) -> Iterator[str]:
         if seed.record_content(connection, "routine", routine.name, routine.content_hash):
             declared.execute_routine(connection, routine)
             yield f"routine {routine.name}"
+    # A file that was renamed or is gone leaves no record; what it created is for migrations to drop.
+    connection.execute(
+        sa.text("DELETE FROM schema_objects WHERE kind = 'routine' AND NOT name = ANY(:names)"),
+        {"names": [routine.name for routine in declared.routines()]},
+    )

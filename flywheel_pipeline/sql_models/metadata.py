@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LONGEST_CELL = 120
 # What telemetry reports is text, never a link, an image or a style of the page that shows it.
-_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[|"} | {"<": "&lt;"})
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[|"} | {"<": "&lt;", "&": "&amp;"})
 
 
 def as_metadata(value: object) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import dagster_url, open_engine, parse_url, resolve_url
 from flywheel_pipeline.database.settings import Settings, get_settings
 from flywheel_pipeline.errors import DatabaseUnavailable, UsageError
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("text", ["localhost/flywheel", "user:secret@host:5432/db", "flywheel"])
@@ -138,3 +142,30 @@ def test_a_setting_that_is_not_usable_is_named(monkeypatch: pytest.MonkeyPatch, 
 def test_a_password_is_not_printed_with_the_settings() -> None:
     settings = Settings(database_url="postgresql://user:secret@host/db")
     assert "secret" not in repr(settings)
+
+
+def test_the_server_ends_what_a_client_that_is_gone_was_waiting_for(engine: sa.Engine) -> None:
+    child = FORK.Process(target=_ask_for_long, args=(engine.url,), daemon=True)
+    child.start()
+    asked = (
+        "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)' AND datname = current_database()"
+    )
+    try:
+        _until(engine, asked, 1)
+    finally:
+        child.kill()
+        child.join()
+    _until(engine, asked, 0)  # and not after ten minutes
+
+
+def _ask_for_long(url: sa.URL) -> None:
+    with open_engine(url).connect() as connection:
+        connection.exec_driver_sql("SELECT pg_sleep(600)")
+
+
+def _until(engine: sa.Engine, question: str, answer: int, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while connection.exec_driver_sql(question).scalar_one() != answer:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

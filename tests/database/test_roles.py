@@ -252,6 +252,35 @@ def test_an_appliances_session_cannot_write_for_another_site_or_take_over_its_ex
         assert refused(connection, "UPDATE execution_telemetry SET site_id = 'site-b'")
 
 
+def test_a_name_that_was_or_will_be_the_sites_opens_nothing_today(two_sites: Engine) -> None:
+    with two_sites.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO site_aliases (alias, site_id, actor, reason, valid_from, valid_to) VALUES "
+            "('ended', 'site-a', 'Dana', 'sold', '-infinity', now() - interval '1 hour'), "
+            "('coming', 'site-a', 'Dana', 'bought', now() + interval '1 hour', 'infinity'); "
+            "INSERT INTO sites (site_id) VALUES ('ended'), ('coming'); "
+            "INSERT INTO appliances (appliance_id, site_id) VALUES ('ended-01', 'ended'), ('coming-01', 'coming')"
+        )
+    for site in ("ended", "coming"):
+        assert post_execution(two_sites, post(site, f"{site}-01"), received_at=NOW).outcome == "inserted"
+    insert = (
+        "INSERT INTO execution_telemetry (execution_id, site_id, appliance_id, runbook_id, hostname, success) "
+        "VALUES ('{site}', '{site}', '{appliance}', 'L1-SSH-001', 'h', true)"
+    )
+    seen = "SELECT DISTINCT site_id FROM execution_telemetry ORDER BY 1"
+    with as_role(two_sites, roles.AGENT_API, site_id="site-a", appliance_id="site-a-01") as connection:
+        assert list(connection.exec_driver_sql(seen).scalars()) == ["old-a", "site-a"]
+        assert list(connection.exec_driver_sql("SELECT site_id FROM sites").scalars()) == ["site-a"]
+        for site in ("ended", "coming"):
+            assert refused(connection, insert.format(site=site, appliance="site-a-01"))
+        assert not refused(connection, insert.format(site="old-a", appliance="site-a-01"))
+    for site in ("ended", "coming"):  # and who has that name now does not see who had it, or will
+        with as_role(two_sites, roles.AGENT_API, site_id=site, appliance_id=f"{site}-01") as connection:
+            assert list(connection.exec_driver_sql(seen).scalars()) == [site]
+            assert list(connection.exec_driver_sql("SELECT appliance_id FROM appliances").scalars()) == [f"{site}-01"]
+            assert refused(connection, insert.format(site="site-a", appliance=f"{site}-01"))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     site=st.text(max_size=30).filter(lambda s: "\x00" not in s),

@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,12 @@ def end_with_parent() -> None:
     """Have the kernel kill this process when its parent dies: a killed test leaves nobody behind. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def leave_the_group() -> None:
+    """Take a forked process out of its parent's group: a Ctrl-C is for the parent, which ends its children itself."""
+    os.setpgrp()
+    end_with_parent()
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0, what: str = "it") -> float:
@@ -207,7 +214,7 @@ class Proxy:
 
 
 def _serve_proxy(listen: str, target: str) -> None:
-    end_with_parent()
+    leave_the_group()
     transports: set[asyncio.StreamWriter] = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -271,6 +278,47 @@ class Daemon:
 
     def kill(self) -> None:
         """Kill -9 of the daemon, its code server, and the run workers that are their children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class AgentApi:
+    """`flywheel serve` in a process group of its own, on a port of its own; killed and started again in its place."""
+
+    def __init__(self, home: Path, url: sa.URL) -> None:
+        """Start it; its log is serve.log under its home."""
+        home.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.home, self.url = home, url
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and do not wait: who calls it meanwhile calls again."""
+        with (self.home / "serve.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flywheel_pipeline.cli", "serve", "--port", str(self.port), "--workers", "1"],
+                env={
+                    **os.environ,
+                    "FLYWHEEL_HOME": str(self.home),
+                    "FLYWHEEL_DATABASE_URL": self.url.render_as_string(hide_password=False),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """Kill -9 of the server and its workers, in the middle of whatever they answer."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

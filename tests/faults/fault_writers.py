@@ -26,14 +26,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import sqlalchemy as sa
-from fault_lab import FORK, PASSING, end_with_parent
+from fault_lab import FORK, PASSING, leave_the_group
 
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.errors import DatabaseUnavailable
 from flywheel_pipeline.telemetry.intake import import_file
 
 HOSTS = 6
+#: One writer is an appliance: it posts to the agent API, and reports for its own site alone.
+OVER_HTTP, HTTP_SITE, HTTP_APPLIANCE = 2, "soak-http", "soak-http-01"
 SITES = [f"soak-{number:02d}" for number in range(24)]
 #: (level, what stands in runbook_id, incident type, the runbook of an L2 action, share of successes)
 KINDS: list[tuple[str, str, str, str | None, float]] = [
@@ -118,6 +121,8 @@ class Stream:
             level, runbook, incident, _, share = pick.choices(KINDS, WEIGHTS)[0]
             success = pick.random() < share
             site = pick.choice(SITES)
+            if writer == OVER_HTTP:
+                site = HTTP_SITE
             rows.append(
                 {
                     "execution_id": f"w{writer:02d}-{number:06d}-{position:04d}",
@@ -161,12 +166,15 @@ class Stream:
 
 @dataclass
 class Writer:
-    """A process that sends the steps of one writer, through the intake (even numbers) or by plain SQL (odd ones)."""
+    """A process that sends the steps of one writer: through the intake (even numbers), by plain SQL (odd ones), or, where
+    it has the address of the agent API and a token, over HTTP.
+    """
 
     number: int
     stream: Stream
     url: sa.URL
     place: Path
+    api: tuple[str, str] | None = None
     process: Any = None
 
     @property
@@ -213,7 +221,7 @@ def _allowed(place: Path) -> int:
 
 
 def _write(writer: Writer) -> None:
-    end_with_parent()
+    leave_the_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _send_all(writer)
@@ -237,13 +245,16 @@ def _send_all(writer: Writer) -> None:
         step = writer.stream.step(writer.number, number)
         while True:
             try:
+                if writer.api is not None:
+                    _send_by_http(step, *writer.api)
+                    break
                 engine = engine or open_engine(writer.url)
                 if writer.number % 2:
                     _send_by_sql(engine, step, pick.random() * 0.05)
                 else:
                     _send_by_intake(engine, step, writer)
                 break
-            except (*PASSING, DatabaseUnavailable):
+            except (*PASSING, DatabaseUnavailable, httpx.TransportError, SendAgain):
                 os.write(retries, b".")
                 time.sleep(0.05)
         os.write(journal, b"%07d\n" % number)
@@ -258,6 +269,32 @@ def _send_by_sql(engine: sa.Engine, step: Step, pause: float) -> None:
 
 
 def _send_by_intake(engine: sa.Engine, step: Step, writer: Writer) -> None:
+    with tempfile.NamedTemporaryFile(dir=writer.place, suffix=".ndjson") as file:
+        file.write(_posts(step))
+        file.flush()
+        report = import_file(engine, file.name, source=f"writer-{writer.number:02d}")
+    if report.rejected != len(step.bad):
+        raise AssertionError(f"the intake refused what is no bad row: {report.as_dict()}")
+
+
+class SendAgain(Exception):
+    """The agent API says that a batch is to be sent again."""
+
+
+def _send_by_http(step: Step, address: str, token: str) -> None:
+    answer = httpx.post(
+        f"{address}/api/agent/executions",
+        content=_posts(step),
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/x-ndjson"},
+        timeout=30,
+    )
+    if answer.status_code in (408, 429, 503):
+        raise SendAgain
+    if answer.status_code != 200 or answer.json()["rejected"] != len(step.bad):
+        raise AssertionError(f"the agent API answered {answer.status_code}: {answer.text[:2000]}")
+
+
+def _posts(step: Step) -> bytes:
     lines = [
         json.dumps(
             {
@@ -268,12 +305,7 @@ def _send_by_intake(engine: sa.Engine, step: Step, writer: Writer) -> None:
         ).encode()
         for row in step.rows
     ]
-    with tempfile.NamedTemporaryFile(dir=writer.place, suffix=".ndjson") as file:
-        file.write(b"\n".join([*lines, *step.bad]) + b"\n")
-        file.flush()
-        report = import_file(engine, file.name, source=f"writer-{writer.number:02d}")
-    if report.rejected != len(step.bad):
-        raise AssertionError(f"the intake refused what is no bad row: {report.as_dict()}")
+    return b"\n".join([*lines, *step.bad]) + b"\n"
 
 
 # -- the truth -------------------------------------------------------------------------------------

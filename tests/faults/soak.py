@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,31 @@ import sqlalchemy as sa
 from fault_lab import (
     FORK,
     PASSING,
+    AgentApi,
     Daemon,
     Proxy,
     SmallDisk,
     backends,
     broken_invariants,
-    end_with_parent,
     kill_postmaster,
     kill_server_process,
+    leave_the_group,
     refresh_once,
     run_workers,
     terminate_backends,
     until,
 )
-from fault_writers import FINGERPRINT, SITES, Stream, Truth, Writer, allow
+from fault_writers import (
+    FINGERPRINT,
+    HTTP_APPLIANCE,
+    HTTP_SITE,
+    OVER_HTTP,
+    SITES,
+    Stream,
+    Truth,
+    Writer,
+    allow,
+)
 
 from flywheel_pipeline.aggregates.batches import activate_policy
 from flywheel_pipeline.build import PIPELINE_JOB, build_defs
@@ -61,11 +72,14 @@ from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.database.settings import Settings
+from flywheel_pipeline.delivery.tokens import issue
 from flywheel_pipeline.errors import DatabaseUnavailable, FlywheelError
 from flywheel_pipeline.promotion.acts import act
 from flywheel_pipeline.sql_models.loader import load_models
 
-DAYS = 40
+#: A million rows over 160 days and 25 sites are 250 a cell: a late row costs the cell that it falls into, so that a refresh
+#: after a round takes a quarter of what it takes over 40 days. The short soak has fewer rows and fewer days.
+DAYS, DAYS_OF_A_SHORT_ONE = 160, 40
 #: The doctor reads the whole log for these. The truth of the journals stands in for them after each fault, and these are
 #: asked after every `examine_every`-th and at the end.
 READ_THE_WHOLE_LOG = (1, 2, 8)
@@ -103,7 +117,15 @@ class Report:
     illegal: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     daemon_deaths: int = 0
+    api_deaths: int = 0
     seconds: float = 0.0
+    seconds_by_phase: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Every fault that was asked for was injected; what was stopped before proves less."""
+        return sum(self.faults.values()) >= self.asked
 
     @property
     def sound(self) -> bool:
@@ -114,6 +136,7 @@ class Report:
         """The report as plain JSON values."""
         return {
             "sound": self.sound,
+            "complete": self.complete,
             "seed": self.seed,
             "faults": sum(self.faults.values()),
             "faults_by_kind": dict(sorted(self.faults.items())),
@@ -131,10 +154,12 @@ class Report:
             "promotions": self.promotions,
             "ledger_events": self.events,
             "daemon_deaths": self.daemon_deaths,
+            "api_deaths": self.api_deaths,
             "differences": self.differences,
             "illegal_states": self.illegal,
             "unexcused_failures": self.unexcused,
             "seconds": round(self.seconds, 1),
+            "seconds_by_phase": {phase: round(seconds, 1) for phase, seconds in self.seconds_by_phase.most_common()},
         }
 
 
@@ -143,7 +168,7 @@ class Report:
 
 def _run_pipelines(job: dg.JobDefinition, record: Path, pause: float) -> None:
     """Run the whole graph again and again, as a daemon's run workers do; note what became of each run."""
-    end_with_parent()
+    leave_the_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     with dg.DagsterInstance.ephemeral() as instance:
@@ -224,21 +249,29 @@ class Soak:
         self.engine = open_engine(url)
         migrate.upgrade(self.engine)
         self.models = load_models()
+        self.days = DAYS if rows >= 500_000 else DAYS_OF_A_SHORT_ONE
         self.first_day = dt.datetime.now(dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0) - dt.timedelta(
-            days=DAYS + 1
+            days=self.days + 1
         )
         rows_a_step = 250 if rows >= 500_000 else 40
         # Of ten steps about 8.4 bring new rows.
         self.steps_a_round = max(round(rows / 0.83 / writers / rows_a_step / faults + 0.5), 1)
-        self.stream = Stream(seed, self.steps_a_round * faults, rows_a_step, self.first_day, DAYS)
+        self.stream = Stream(seed, self.steps_a_round * faults, rows_a_step, self.first_day, self.days)
         self.place = home / "soak"
         self.place.mkdir()
         allow(self.place, 0)
-        self._prepare()
+        token = self._prepare()
+        self.api = AgentApi(home / "api", url)
         self.proxy = Proxy(self.server, home / "proxy")
         self.truth = Truth(self.stream)
         self.writers = [
-            Writer(number, self.stream, self.proxy.url(url) if number % 3 == 0 else url, self.place)
+            Writer(
+                number,
+                self.stream,
+                self.proxy.url(url) if number % 3 == 0 else url,
+                self.place,
+                (self.api.address, token) if number == OVER_HTTP else None,
+            )
             for number in range(writers)
         ]
         definitions = build_defs(
@@ -252,6 +285,7 @@ class Soak:
         for writer in self.writers:
             writer.start()
         self.with_daemon = daemon
+        self.allowed = 0
         self.daemons: list[Daemon] = []
         self.kinds: dict[str, Callable[[], None]] = {
             "connections terminated": self._terminate,
@@ -260,6 +294,7 @@ class Soak:
             "database restarted": self._restart,
             "database stopped without checkpoint": self._stop_hard,
             "writer killed": self._kill_writer,
+            "agent API killed": self._kill_api,
             "pipeline killed": self._kill_pipeline,
             "connections cut in the network": self.proxy.cut,
             "network frozen": self._freeze,
@@ -285,7 +320,8 @@ class Soak:
             self.kinds = {kind: harm for kind, harm in self.kinds.items() if kind in only}
             self.of_daemons = {kind: harm for kind, harm in self.of_daemons.items() if kind in only}
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> str:
+        """Register the fleet; return the token of the appliance that reports over HTTP."""
         with self.engine.begin() as connection:
             connection.execute(
                 sa.text(
@@ -294,6 +330,7 @@ class Soak:
                 ),
                 [{"site": site} for site in SITES],
             )
+            return issue(connection, HTTP_APPLIANCE, site_id=HTTP_SITE, actor="soak", reason="reports over HTTP").token
 
     def _set_clock(self, at: dt.datetime) -> None:
         with self.engine.begin() as connection:
@@ -329,6 +366,10 @@ class Soak:
         for writer in self.pick.sample(self.writers, max(len(self.writers) // 3, 1)):
             writer.kill()
             writer.start()
+
+    def _kill_api(self) -> None:
+        self.api.kill()
+        self.api.start()
 
     def _kill_pipeline(self) -> None:
         for pipeline in self.pipelines:
@@ -423,47 +464,80 @@ class Soak:
         self.daemons.clear()
         for pid in run_workers(self.settings.home):
             kill_server_process(pid)
-        for process in (*self.writers, *self.pipelines):
+        for process in (*self.writers, *self.pipelines, self.api):
             process.kill()
         kill_postmaster(self.server)
         self.server.ensure_running()
-        for process in (*self.writers, *self.pipelines):
+        for process in (*self.writers, *self.pipelines, self.api):
             process.start()
         self._daemon()
 
     # -- rounds ------------------------------------------------------------------------------------
 
-    def run(self, progress: Callable[[str], None]) -> Report:
-        """Play all rounds; stop early only where a writer met what no fault explains."""
+    def run(self, progress: Callable[[str], None], *, minutes: float | None = None) -> Report:
+        """Play all rounds, or those that fit into `minutes`; stop early only where a writer met what no fault explains.
+
+        Whoever stops it (Ctrl-C, SIGTERM) or lets its time run out still gets the whole comparison of what was played.
+        """
         begun = time.monotonic()
+        self.report.asked = self.rounds
         deck: list[str] = []
-        for number in range(1, self.rounds + 1):
-            if not deck:
-                deck = self._shuffled()
-            kind = deck.pop()
+        try:
+            for number in range(1, self.rounds + 1):
+                if minutes is not None and time.monotonic() - begun > minutes * 60:
+                    progress(f"stopped after {number - 1} faults: {minutes:g} minutes are over")
+                    break
+                if not deck:
+                    deck = self._shuffled()
+                self._round(number, deck.pop(), progress, begun)
+        except KeyboardInterrupt:
+            progress(f"stopped by hand after {sum(self.report.faults.values())} faults: comparing what was played")
+            # What was under way is healed and sent to its end, or a step that nobody noted would look like one too many.
+            self._patiently(lambda: refresh_once(self.engine, self.models))
+            self._finish(self.allowed)
+        with self._phase("conclusion"):
+            self._conclude()
+        self.report.seconds = time.monotonic() - begun
+        return self.report
+
+    def _round(self, number: int, kind: str, progress: Callable[[str], None], begun: float) -> None:
+        with self._phase("daemons come and go"):
             self._staff(kind)
-            day = number * DAYS // self.rounds
-            self._patiently(lambda day=day: self._set_clock(self.first_day + dt.timedelta(days=day + 1)))  # type: ignore[misc]
+        day = number * self.days // self.rounds
+        with self._phase("fault"):
+            self._patiently(lambda: self._set_clock(self.first_day + dt.timedelta(days=day + 1)))
+            self.allowed = number
             allow(self.place, number * self.steps_a_round)
             time.sleep(self.pick.random() * 0.3)
             self._patiently({**self.kinds, **self.of_daemons}[kind])
-            healed = time.monotonic()
-            self._revive()
+        healed = time.monotonic()
+        self._revive()
+        with self._phase("acts"):
             self._acts(number)
+        with self._phase("writers"):
             self._finish(number)
+        with self._phase("refresh"):
             report = self._patiently(lambda: refresh_once(self.engine, self.models))
+        with self._phase("judgement"):
             self._judge(number, kind)
-            seconds = time.monotonic() - healed
-            self.report.faults[kind] += 1
-            self.report.recovery_seconds[kind].append(seconds)
-            progress(
-                f"{number:>4}/{self.rounds}  {kind:<36} sound after {seconds:5.1f} s   {len(self.truth.rows):>9,} rows, "
-                f"{report.cells} cells refreshed, {sum(w.retries for w in self.writers)} steps sent again"
-                + ("" if self.report.sound else f"   BROKEN: {(self.report.illegal + self.report.differences)[-1:]}")
-            )
-        self._conclude()
-        self.report.seconds = time.monotonic() - begun
-        return self.report
+        seconds = time.monotonic() - healed
+        self.report.faults[kind] += 1
+        self.report.recovery_seconds[kind].append(seconds)
+        passed = time.monotonic() - begun
+        progress(
+            f"{number:>4}/{self.rounds}  {kind:<36} sound after {seconds:5.1f} s   {len(self.truth.rows):>9,} rows, "
+            f"{report.cells} cells refreshed, {sum(w.retries for w in self.writers)} steps sent again, "
+            f"{passed:.0f} s, {passed / number * (self.rounds - number):.0f} s to go"
+            + ("" if self.report.sound else f"   BROKEN: {(self.report.illegal + self.report.differences)[-1:]}")
+        )
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.report.seconds_by_phase[name] += time.monotonic() - begun
 
     def _shuffled(self) -> list[str]:
         """The next faults, the last one first: all of the database's twice, then all of the daemon's in a row."""
@@ -498,13 +572,17 @@ class Soak:
                     self.server.ensure_running()
 
     def _revive(self) -> None:
-        """What a supervisor does: start a daemon that ended by itself."""
+        """What a supervisor does: start a daemon, or an agent API, that ended by itself."""
         ended = [daemon for daemon in self.daemons if not daemon.alive()]
         self.report.daemon_deaths += len(ended)
         for daemon in ended:
             daemon.kill()
             self.daemons.remove(daemon)
             self._daemon()
+        if not self.api.alive():
+            self.report.api_deaths += 1
+            self.api.kill()
+            self.api.start()
 
     def _acts(self, number: int) -> None:
         """People act in between: they take a promoted rule out, freeze and thaw."""
@@ -561,7 +639,7 @@ class Soak:
                 "SELECT count(*) FROM rule_events WHERE kind IN ('promoted', 'advanced')"
             ).scalar_one()
             self.report.events = connection.exec_driver_sql("SELECT count(*) FROM rule_events").scalar_one()
-            if self.with_daemon:
+            if self.with_daemon and connection.exec_driver_sql("SELECT to_regclass('dagster.runs')").scalar_one():
                 for status, runs in connection.exec_driver_sql(
                     "SELECT lower(status), count(*) FROM dagster.runs GROUP BY 1"
                 ):
@@ -581,6 +659,7 @@ class Soak:
         for daemon in self.daemons:
             daemon.kill()
         self.daemons.clear()
+        self.api.kill()
         for pid in run_workers(self.settings.home):
             kill_server_process(pid)
         for process in (*self.writers, *self.pipelines):
@@ -650,7 +729,7 @@ def soak(arguments: argparse.Namespace, progress: Callable[[str], None]) -> Repo
             megabytes=600 if arguments.quick else 3000,
             only=tuple(arguments.only),
         )
-        return one.run(progress)
+        return one.run(progress, minutes=arguments.minutes)
     finally:
         if one is not None:
             one.close()
@@ -660,15 +739,18 @@ def soak(arguments: argparse.Namespace, progress: Callable[[str], None]) -> Repo
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; --quick changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 faults, 12,000 rows, no daemon")
+    parser.add_argument("--quick", action="store_true", help="17 faults, 12,000 rows, no daemon")
     parser.add_argument("--seed", type=int, default=20260215)
     parser.add_argument("--faults", type=int)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--writers", type=int, default=8)
+    parser.add_argument(
+        "--minutes", type=float, help="begin no fault after so long; fewer faults than asked for exit 1"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="only this kind of fault")
     parser.add_argument("--json", action="store_true", help="the report as JSON, progress on standard error")
     read = parser.parse_args(arguments)
-    read.faults = read.faults or (16 if read.quick else 210)
+    read.faults = read.faults or (17 if read.quick else 210)
     read.rows = read.rows or (12_000 if read.quick else 1_000_000)
     return read
 
@@ -683,11 +765,13 @@ def table(report: Report) -> str:
     runs = ", ".join(f"{count} {name}" for name, count in sorted(report.runs.items()))
     lines += [
         "",
-        f"{sum(report.faults.values())} faults in {report.seconds:.0f} s, seed {report.seed}",
+        f"{sum(report.faults.values())} faults in {report.seconds:.0f} s, seed {report.seed}"
+        + ("" if report.complete else f": STOPPED BEFORE THE {report.asked} THAT WERE ASKED FOR"),
+        "seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in report.seconds_by_phase.most_common()),
         f"{report.rows:,} rows in the log, {report.corrections:,} corrections, {report.rejected} rejects, "
         f"{report.retries} steps sent again",
         f"runs: {runs}; {report.promotions} promotions, {report.events} events; the daemon ended by itself "
-        f"{report.daemon_deaths} times",
+        f"{report.daemon_deaths} times, the agent API {report.api_deaths}",
         "failed steps: " + ", ".join(f"{name} {count}" for name, count in report.failures.most_common()),
         f"rows lost, doubled or counted otherwise: {len(report.differences)}",
         f"illegal states: {len(report.illegal)}",
@@ -697,12 +781,12 @@ def table(report: Report) -> str:
 
 
 def main() -> int:
-    """Play the soak, print the table; 1 if it was not sound."""
+    """Play the soak, print the table; 1 if it was not sound, or not played to its end."""
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = soak(arguments, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else table(report))
-    return 0 if report.sound else 1
+    return 0 if report.sound and report.complete else 1
 
 
 if __name__ == "__main__":

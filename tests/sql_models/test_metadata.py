@@ -10,6 +10,7 @@ import math
 import pathlib
 import uuid
 from decimal import Decimal
+from html.parser import HTMLParser
 
 import dagster as dg
 import numpy as np
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table
 
@@ -108,3 +110,30 @@ def test_a_table_shows_rows_escapes_bars_and_cuts_long_cells() -> None:
 
 def test_a_table_without_rows_says_so() -> None:
     assert markdown_table([]) == "no rows"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>window.pwned=1</script>",
+        "<img src=x onerror=window.pwned=1>",
+        "[free](http://evil.example)",
+        "![x](http://evil.example/pixel.png)",
+        "<http://evil.example>",
+        "**bold** `code` # head",
+        "a | b",
+        "&lt;script&gt;",
+        "\\<script>",
+    ],
+)
+def test_hostile_text_in_a_cell_is_shown_as_it_is(text: str) -> None:
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    found: list[str] = []
+    page = HTMLParser(convert_charrefs=True)
+    page.handle_starttag = lambda tag, _: found.append(tag)  # type: ignore[method-assign]
+    words: list[str] = []
+    page.handle_data = words.append  # type: ignore[method-assign]
+    page.feed(reader.render(markdown_table([{"error": text}])))
+    page.close()
+    assert found == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
+    assert text in "".join(words)

@@ -8,17 +8,15 @@ CREATE OR REPLACE FUNCTION flywheel_speaks_for_an_appliance() RETURNS boolean LA
 $$;
 COMMENT ON FUNCTION flywheel_speaks_for_an_appliance() IS 'Whether this session has the role of the agent API';
 
--- A site is covered under its own name and under the names it had: a renamed site keeps its appliances. Security definer:
--- the role need not read the aliases.
+-- A site is covered under the names it goes by today, the same that its tokens are held to (45_sites.sql): a renamed site
+-- keeps its appliances, and a name whose alias has ended or not begun opens nothing. Security definer: the role need not
+-- read the aliases, and the policy on them does not ask itself.
 CREATE OR REPLACE FUNCTION flywheel_session_sites() RETURNS text[] LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = public, pg_temp AS $$
-  SELECT array_agg(s.site_id) FROM (
-    SELECT nullif(current_setting('flywheel.site_id', true), '') AS site_id
-    UNION SELECT a.alias FROM site_aliases AS a WHERE a.site_id = nullif(current_setting('flywheel.site_id', true), '')
-    UNION SELECT a.site_id FROM site_aliases AS a WHERE a.alias = nullif(current_setting('flywheel.site_id', true), '')
-  ) AS s WHERE s.site_id IS NOT NULL
+  SELECT flywheel_site_names(s.site_id)
+  FROM (SELECT nullif(current_setting('flywheel.site_id', true), '') AS site_id) AS s WHERE s.site_id IS NOT NULL
 $$;
-COMMENT ON FUNCTION flywheel_session_sites() IS 'The names of the site this session speaks for; null: none, so nothing is visible';
+COMMENT ON FUNCTION flywheel_session_sites() IS 'The names that the site this session speaks for goes by today; null: none, so nothing is visible';
 
 CREATE OR REPLACE FUNCTION flywheel_session_appliance() RETURNS text LANGUAGE sql STABLE PARALLEL SAFE AS $$
   SELECT nullif(current_setting('flywheel.appliance_id', true), '')
