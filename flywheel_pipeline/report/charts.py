@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flywheel_pipeline.health.attribution import WaterfallStep, percent
+from flywheel_pipeline.health.cusum import increments
+from flywheel_pipeline.health.trend import CusumPoint
+from flywheel_pipeline.promotion.policy import Cusum
 from flywheel_pipeline.report.page import Chart
 
 INK, SOFT, GREY, GOOD, BAD, BLUE = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e"
@@ -176,6 +179,55 @@ def waterfall(steps: Sequence[WaterfallStep], rule_id: str) -> Chart:
         f"From the raw to the adjusted success rate of {rule_id}: "
         + "; ".join(f"{v['label']} {v['text']}" for v in values),
         "From the raw rate to that of what the rule could fix, one outcome class taken out after the other; green: reported as success.",
+    )
+
+
+def cusum(points: Sequence[CusumPoint], c: Cusum, rule_id: str) -> Chart:
+    """Draw W over the days: where it stood at the end of each, its highest as a bar, and the policy's two limits.
+
+    Args:
+        points: by day, in order; at least one.
+        c: the limits.
+        rule_id: the rule, for those who do not see the chart.
+    """
+    import altair as alt
+
+    rows = [{"begin": p.at.isoformat(), "w": round(p.w, 4), "peak": round(p.w_peak, 4)} for p in points]
+    top = 1.12 * max(c.quarantine_at, *(p.w_peak for p in points))
+    y = alt.Scale(domain=[0, top])
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=_time_axis())
+    peaks = base.mark_bar(color=GREY, width=max(1, min(14, 600 // len(rows)))).encode(
+        y=alt.Y("peak:Q", title="CUSUM W", scale=y, axis=alt.Axis(tickCount=5))
+    )
+    line = base.mark_line(color=INK, strokeWidth=1.6, point=alt.OverlayMarkDef(size=14, color=INK)).encode(
+        y=alt.Y("w:Q", scale=y)
+    )
+    limits = alt.Chart(
+        alt.InlineData(
+            values=[
+                {"limit": c.warn_at, "text": f"warns at {c.warn_at:g}", "colour": SOFT},
+                {"limit": c.quarantine_at, "text": f"leaves service at {c.quarantine_at:g}", "colour": BAD},
+            ]
+        )
+    ).encode(y=alt.Y("limit:Q", scale=y), color=alt.Color("colour:N", scale=None))
+    rules = limits.mark_rule(strokeDash=[5, 3], strokeWidth=1.2)
+    # Where W towers above both limits their words would lie on each other: they stand side by side.
+    apart = (c.quarantine_at - c.warn_at) / top > 0.08
+    words = [
+        limits.transform_filter(f"datum.limit == {limit}")
+        .mark_text(align="left", baseline="bottom", dx=4 + (0 if apart else shift), dy=-3, fontSize=11)
+        .encode(x=alt.value(0), text="text:N")
+        for limit, shift in ((c.warn_at, 0), (c.quarantine_at, 110))
+    ]
+    highest = max(points, key=lambda p: p.w_peak)
+    return Chart(
+        _svg((peaks + rules + line + words[0] + words[1]).properties(width=WIDTH, height=170)),
+        f"CUSUM of {rule_id} from {points[0].at:%Y-%m-%d} to {points[-1].at:%Y-%m-%d}: W {points[-1].w:.2f} now, at its "
+        f"highest {highest.w_peak:.2f} on {highest.at:%Y-%m-%d}; it warns at {c.warn_at:g} and leaves service at "
+        f"{c.quarantine_at:g}.",
+        f"Line: W after the last episode of a day; bars: its highest that day. An episode that held moves W by "
+        f"{increments(c)[0]:+.2f}, one that failed by {increments(c)[1]:+.2f}, never below zero: the evidence that the rate "
+        f"fell from {c.good:.0%} to {c.bad:.0%}. A straight climb is a rule that fails as often as ever; a bend is a change.",
     )
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.health.attribution import waterfall
 from flywheel_pipeline.promotion import evalue
+from flywheel_pipeline.promotion.bound import ALPHA, band
 from flywheel_pipeline.report import charts
-from flywheel_pipeline.report.bound import ALPHA, band
 from flywheel_pipeline.report.causes import attribution_blocks
 from flywheel_pipeline.report.page import Chart, Column, Heading, Page, Prose, Section, Table, Tile, percent, render
 from flywheel_pipeline.report.snapshot import Period
