@@ -16,7 +16,7 @@ from flywheel_pipeline.health.trend import CusumPoint
 from flywheel_pipeline.promotion.policy import Cusum
 from flywheel_pipeline.report.page import Chart
 
-INK, SOFT, GREY, GOOD, BAD, BLUE = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e"
+INK, SOFT, GREY, GOOD, BAD, BLUE, AMBER = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e", "#a8690b"
 WIDTH = 930
 # A chart is measured here and drawn with the reader's fonts, which may be a fifth wider: labels get room in any.
 LABELS = 235
@@ -202,26 +202,21 @@ def cusum(points: Sequence[CusumPoint], c: Cusum, rule_id: str) -> Chart:
     line = base.mark_line(color=INK, strokeWidth=1.6, point=alt.OverlayMarkDef(size=14, color=INK)).encode(
         y=alt.Y("w:Q", scale=y)
     )
-    limits = alt.Chart(
-        alt.InlineData(
-            values=[
-                {"limit": c.warn_at, "text": f"warns at {c.warn_at:g}", "colour": SOFT},
-                {"limit": c.quarantine_at, "text": f"leaves service at {c.quarantine_at:g}", "colour": BAD},
-            ]
-        )
-    ).encode(y=alt.Y("limit:Q", scale=y), color=alt.Color("colour:N", scale=None))
-    rules = limits.mark_rule(strokeDash=[5, 3], strokeWidth=1.2)
-    # Where W towers above both limits their words would lie on each other: they stand side by side.
-    apart = (c.quarantine_at - c.warn_at) / top > 0.08
-    words = [
-        limits.transform_filter(f"datum.limit == {limit}")
-        .mark_text(align="left", baseline="bottom", dx=4 + (0 if apart else shift), dy=-3, fontSize=11)
-        .encode(x=alt.value(0), text="text:N")
-        for limit, shift in ((c.warn_at, 0), (c.quarantine_at, 110))
+    limits = [
+        (c.warn_at, f"- - warns at {c.warn_at:g}", AMBER, 0),
+        (c.quarantine_at, f"- - leaves service at {c.quarantine_at:g}", BAD, 110),
     ]
+    drawn = peaks
+    for limit, text, colour, shift in limits:
+        one = alt.Chart(alt.InlineData(values=[{"limit": limit, "text": text}]))
+        # The words stand above the chart: beside their lines they would be hidden where W towers above both.
+        drawn += one.mark_rule(color=colour, strokeDash=[5, 3], strokeWidth=1.2).encode(y=alt.Y("limit:Q", scale=y))
+        drawn += one.mark_text(align="left", baseline="bottom", color=colour, fontSize=11).encode(
+            x=alt.value(shift), y=alt.value(-4), text="text:N"
+        )
     highest = max(points, key=lambda p: p.w_peak)
     return Chart(
-        _svg((peaks + rules + line + words[0] + words[1]).properties(width=WIDTH, height=170)),
+        _svg((drawn + line).properties(width=WIDTH, height=170)),
         f"CUSUM of {rule_id} from {points[0].at:%Y-%m-%d} to {points[-1].at:%Y-%m-%d}: W {points[-1].w:.2f} now, at its "
         f"highest {highest.w_peak:.2f} on {highest.at:%Y-%m-%d}; it warns at {c.warn_at:g} and leaves service at "
         f"{c.quarantine_at:g}.",
