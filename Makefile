@@ -5,6 +5,7 @@
 #   make test   lint and all tests; lint audits the dependencies too, and says so where nobody answers about vulnerabilities
 #   make faults every fault test, then a soak of 210 random faults under eight writers; make faults QUICK=1 a short one
 #   make audit  known vulnerabilities of the locked dependencies (asks pypi.org, and fails without an answer)
+#   make docs   a page per room from the code's own docstrings, under build/docs
 #   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	then echo $$p; break; fi; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: run up test lint faults audit bench clean install lock
+.PHONY: run up test lint faults audit docs bench clean install lock
 .DEFAULT_GOAL := run
 
 run: install
@@ -42,6 +43,9 @@ faults: install
 
 audit: install
 	$(BIN)/python tools/audit.py --known
+
+docs: install
+	$(BIN)/python docs/rooms.py
 
 bench: install
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)

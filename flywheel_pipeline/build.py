@@ -16,6 +16,7 @@ import dagster as dg
 
 from flywheel_pipeline.aggregates.assets import build_backfill_asset, build_refresh_asset
 from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG, aggregates_checks
+from flywheel_pipeline.asset_page import with_asset_pages
 from flywheel_pipeline.candidates.assets import patterns
 from flywheel_pipeline.candidates.checks import candidates_checks
 from flywheel_pipeline.contracts.defs import (
@@ -80,6 +81,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         "backfill_days",
         selection=dg.AssetSelection.assets(backfill),
         description="Recomputes the cells of the chosen days from the log.",
+        tags={"flywheel/trigger": "backfill"},
         executor_def=dg.in_process_executor,
     )
     nightly_job = dg.define_asset_job(
@@ -105,23 +107,26 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         job=housekeeping,
         cron_schedule="47 3 * * *",
         execution_timezone="UTC",
+        tags={"flywheel/trigger": "nightly"},
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description="Deletes old Dagster runs with their event logs; audit facts live in Flywheel's own tables.",
     )
     return dg.Definitions(
-        assets=[
-            *external_tables,
-            alerts_table,
-            build_refresh_asset(graph),
-            backfill,
-            patterns,
-            build_demotion_asset(graph),
-            build_attribution_asset(graph),
-            promotion_decisions,
-            apply,
-            policy_backtest,
-            build_delivery_asset(graph),
-        ],
+        assets=with_asset_pages(
+            [
+                *external_tables,
+                alerts_table,
+                build_refresh_asset(graph),
+                backfill,
+                patterns,
+                build_demotion_asset(graph),
+                build_attribution_asset(graph),
+                promotion_decisions,
+                apply,
+                policy_backtest,
+                build_delivery_asset(graph),
+            ]
+        ),
         asset_checks=checks,
         jobs=[pipeline, nightly_job, backfill_job, housekeeping, build_contracts_job(), data_docs, *human_jobs()],
         schedules=[nightly, retention, build_data_docs_schedule(data_docs)],

@@ -12,6 +12,7 @@ import dagster as dg
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.aggregates.refresh import refresh, touch
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.materialized import data_lag, note_arrival
 from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata
 from flywheel_pipeline.sql_models.loader import ModelGraph
 
@@ -64,10 +65,26 @@ def build_refresh_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             f"Refreshed {report.cells} site-days in {report.duration_seconds:.2f} s: "
             f"{report.rows_written} rows written, {report.counters_changed} counters changed."
         )
+        note_arrival(batch, report.newest_arrival_at)
+        lag = data_lag(batch)
+        if report.newest_arrival_at is not None:
+            # The log is written by others: that it grew is seen here, and its freshness is judged by that.
+            context.log_event(
+                dg.AssetMaterialization(
+                    "execution_telemetry",
+                    description="Telemetry that arrived since the refresh before was counted.",
+                    metadata={
+                        "newest_arrival_at": dg.MetadataValue.timestamp(report.newest_arrival_at),
+                        "site_days": report.cells,
+                        **lag,
+                    },
+                )
+            )
         with database.engine.connect() as connection:
             for model in graph.models.values():
                 if model.room in REFRESHED_ROOMS:
                     metadata = materialization_metadata(connection, model, report.models.get(model.name))
+                    metadata.update(lag)
                     if model.name in report.seconds_by_model:
                         metadata["duration_seconds"] = dg.MetadataValue.float(
                             round(report.seconds_by_model[model.name], 4)

@@ -38,7 +38,10 @@ _ROW_BYTES = 300
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What one refresh did. `cells` counts site-days recomputed, `remaining` outbox cells left for the next."""
+    """What one refresh did. `cells` counts site-days recomputed, `remaining` outbox cells left for the next.
+
+    `newest_arrival_at`: when the newest row arrived; None where no row of these site-days came since they were counted last.
+    """
 
     cells: int
     remaining: int
@@ -46,6 +49,7 @@ class RefreshReport:
     seconds_by_model: dict[str, float] = field(default_factory=dict)
     counters_changed: int = 0
     duration_seconds: float = 0.0
+    newest_arrival_at: dt.datetime | None = None
 
     @property
     def rows_written(self) -> int:
@@ -121,6 +125,18 @@ counted AS (
 )
 SELECT l.day, l.rows, coalesce(c.rows, 0) AS counted FROM logged AS l LEFT JOIN counted AS c USING (day) ORDER BY l.day
 """
+_VOLUME = "telemetry_daily_volume"
+# Before the recompute: the newest arrival of what was read, if these site-days had not seen it yet. A rebuild, or another
+# alias, touches site-days in which nothing is new.
+_ARRIVED = """
+SELECT n.newest
+FROM (
+  SELECT max(created_at) AS newest FROM scope_telemetry
+  WHERE chaos_campaign_id IS NULL AND tags @> '{"synthetic": true}' IS NOT TRUE
+) AS n
+WHERE n.newest > coalesce(
+  (SELECT max(v.last_arrival_at) FROM scope_input AS s JOIN telemetry_daily_volume AS v USING (site_id, day)), '-infinity')
+"""
 _COUNTERS = """
 UPDATE l1_rules AS r
 SET match_count = s.matches, success_count = s.successes, failure_count = s.failures, updated_at = clock_timestamp()
@@ -171,6 +187,7 @@ def refresh(
     connection.exec_driver_sql(_SETTINGS)
     cells = _take(connection, graph, max_cells)
     views = _read_shared_views(connection, graph) if cells else {}
+    newest = connection.exec_driver_sql(_ARRIVED).scalar() if cells and _VOLUME in graph.models else None
     counts: dict[str, CellCounts] = {}
     seconds: dict[str, float] = {}
     models = [model for model in graph if model.materialized == "cell"]
@@ -203,7 +220,7 @@ def refresh(
     remaining = 0
     if max_cells is not None:
         remaining = pending_cells(connection)
-    report = RefreshReport(cells, remaining, counts, seconds, changed, time.monotonic() - started)
+    report = RefreshReport(cells, remaining, counts, seconds, changed, time.monotonic() - started, newest)
     if batch_id is not None:
         connection.execute(
             sa.text(

@@ -1,10 +1,16 @@
 """Dagster assets of the candidates room: observed patterns, written to the production table."""
 
+import time
+
 import dagster as dg
 
+from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.candidates.patterns import write_observed
 from flywheel_pipeline.database.resource import FlywheelDatabase
-from flywheel_pipeline.sql_models.assets import table_metadata
+from flywheel_pipeline.materialized import data_lag
+from flywheel_pipeline.sql_models.assets import relation_metadata, table_metadata
+
+PREVIEW = ("pattern_key", "status", "success_count", "failure_count", "first_seen", "last_seen")
 
 
 @dg.asset(
@@ -19,9 +25,18 @@ from flywheel_pipeline.sql_models.assets import table_metadata
     kinds={"postgres", "table"},
     metadata=table_metadata("patterns"),
 )
-def patterns(database: FlywheelDatabase) -> dg.MaterializeResult[None]:
+def patterns(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Upsert the observed patterns."""
+    begun = time.monotonic()
     with database.engine.begin() as connection:
+        batch = open_batch(connection, context.run.run_id)
         counts = write_observed(connection)
-        total = connection.exec_driver_sql("SELECT count(*) FROM patterns").scalar_one()
-    return dg.MaterializeResult(metadata={"dagster/row_count": total, **counts})
+        shown = relation_metadata(connection, "patterns", PREVIEW, newest_by=("last_seen", "pattern_key"))
+    return dg.MaterializeResult(
+        metadata={
+            **shown,
+            **{f"rows_{what}": count for what, count in counts.items()},
+            **data_lag(batch),
+            "duration_seconds": round(time.monotonic() - begun, 3),
+        }
+    )

@@ -110,6 +110,7 @@ def build_data_docs_schedule(job: dg.JobDefinition) -> dg.ScheduleDefinition:
         job=job,
         cron_schedule="37 3 * * *",
         execution_timezone="UTC",
+        tags={"flywheel/trigger": "nightly"},
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description="Data Docs of every contract, built after the nightly run.",
     )

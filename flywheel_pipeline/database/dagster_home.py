@@ -30,6 +30,8 @@ INSTANCE: Final[dict[str, Any]] = {
     },
     # A failed gate fails again: only crashes are retried.
     "run_retries": {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False},
+    # The daemon judges every asset's freshness policy twice a minute; the badge shows what it found last.
+    "freshness": {"enabled": True},
     "sensors": {"use_threads": True, "num_workers": 4},
     "schedules": {"use_threads": True, "num_workers": 2},
     "retention": {

@@ -1,5 +1,6 @@
 """Dagster assets of the delivery room: desired state, commands, and who has what."""
 
+import time
 from collections.abc import Iterator
 
 import dagster as dg
@@ -9,11 +10,19 @@ from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.progress import STATES, plot_progress, rollout_progress
 from flywheel_pipeline.delivery.publish import queue_commands, write_manifests
-from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata, table_metadata
+from flywheel_pipeline.materialized import data_lag, kept_plot
+from flywheel_pipeline.sql_models.assets import (
+    asset_spec,
+    materialization_metadata,
+    relation_metadata,
+    table_metadata,
+)
 from flywheel_pipeline.sql_models.loader import ModelGraph
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
 OWNER = ["team:data-platform"]
+MANIFEST_COLUMNS = ("appliance_id", "site_id", "rule_count", "manifest_hash", "built_at", "drift_since")
+COMMAND_COLUMNS = ("created_at", "appliance_id", "command_type", "rule_id", "rule_version", "status")
 
 
 def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
@@ -49,6 +58,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         can_subset=False,
     )
     def deliver(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iterator[dg.MaterializeResult[None]]:
+        begun = time.monotonic()
         with database.engine.begin() as connection:
             batch = open_batch(connection, context.run.run_id)
             manifests = write_manifests(connection, batch.batch_id)
@@ -86,13 +96,27 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 ).mappings()
             ]
             progress = rollout_progress(connection)
+            manifest_rows = relation_metadata(connection, "rule_manifests", MANIFEST_COLUMNS)
+            command_rows = relation_metadata(
+                connection, "appliance_commands", COMMAND_COLUMNS, newest_by=("created_at",)
+            )
             described = {
                 model.name: materialization_metadata(connection, model)
                 for model in (findings, deployments, overdue, drift)
             }
+        alike = {**data_lag(batch), "duration_seconds": round(time.monotonic() - begun, 3)}
         if progress:
-            described["deployments"]["rollout_progress"] = dg.MetadataValue.md(
-                f"![rollout progress by stage and agent release]({plot_progress(progress)})"
+            figures = ", ".join(
+                f"{p.stage} {p.agent_version} {' '.join(str(count) for count in p.counts.values())}" for p in progress
+            )
+            described["deployments"].update(
+                kept_plot(
+                    context,
+                    "deployments",
+                    "rollout_progress",
+                    f"rollout progress by stage and agent release: {figures}",
+                    lambda: plot_progress(progress),
+                )
             )
             described["deployments"]["rollout"] = dg.MetadataValue.md(
                 markdown_table(
@@ -105,9 +129,10 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             asset_key="rule_manifests",
             metadata={
-                "dagster/row_count": manifests.appliances,
-                "written": manifests.written,
-                "unchanged": manifests.unchanged,
+                **manifest_rows,
+                **alike,
+                "rows_written": manifests.written,
+                "rows_unchanged": manifests.unchanged,
                 "rules": manifests.rules,
                 "withheld": manifests.withheld,
                 "tombstones": manifests.tombstones,
@@ -122,6 +147,8 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(
             asset_key="appliance_commands",
             metadata={
+                **command_rows,
+                **alike,
                 "queued": commands.queued,
                 "withdrawn": commands.withdrawn,
                 "redelivered": commands.redelivered,

@@ -1,28 +1,40 @@
 """Dagster assets of the health room: where every CUSUM stands, which rules and scopes leave service, and why."""
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.assets import model_specs
-from flywheel_pipeline.aggregates.batches import open_batch
+from flywheel_pipeline.aggregates.batches import Batch, open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
-from flywheel_pipeline.health.stored import kept_attributions, update_attributions
+from flywheel_pipeline.health.stored import Kept, kept_attributions, update_attributions
+from flywheel_pipeline.health.trend import alarm_state, cusum_by_day, cusum_by_hour, plot_trend, rate_by_day
+from flywheel_pipeline.materialized import data_lag, kept_plot
 from flywheel_pipeline.promotion.apply import apply_quarantines
-from flywheel_pipeline.promotion.decide import decide_rules
-from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata, table_metadata
+from flywheel_pipeline.promotion.decide import Decided, decide_rules
+from flywheel_pipeline.promotion.policy import load_policy
+from flywheel_pipeline.sql_models.assets import (
+    COUNT_COST_LIMIT,
+    PREVIEW_ROWS,
+    asset_spec,
+    materialization_metadata,
+    relation_metadata,
+    table_metadata,
+)
 from flywheel_pipeline.sql_models.loader import ModelGraph
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
 OWNER = ["team:data-platform"]
-# Views over every episode of every rule in service: counting their rows would cost more than the run.
 PAGES = 10  # failing rules whose whole answer a materialization shows; all of them stand in the table
 MODEL_COST = 3_000.0  # planner cost (tens of ms) above which the cells are not counted on each run
 ATTRIBUTION = ("rule_failure_cells",)  # models of this room that the attribution materializes
+# Views over every episode of every rule in service: counting their rows would cost more than the run.
 NOT_COUNTED = ("rule_episodes", "cusum_steps", "rule_cusum")
+NEWEST_SCOPES = ("occurred_at", "rule_id", "kind", "scope_kind", "scope_value", "actor", "reason")
 
 
 def build_demotion_asset(graph: ModelGraph) -> dg.AssetsDefinition:
@@ -60,6 +72,7 @@ def build_demotion_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         can_subset=False,
     )
     def demote(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iterator[dg.MaterializeResult[None]]:
+        begun = time.monotonic()
         with database.engine.begin() as connection:
             batch = open_batch(connection, context.run.run_id)
             decided = decide_rules(connection, batch)
@@ -73,13 +86,12 @@ def build_demotion_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         with database.engine.connect() as connection:
             for model in graph.models.values():
                 if model.room == "health" and model.name not in ATTRIBUTION:
-                    metadata = (
-                        {"sql": dg.MetadataValue.md(f"```sql\n{model.sql}\n```")}
-                        if model.name in NOT_COUNTED
-                        else materialization_metadata(connection, model)
-                    )
+                    limit = 0.0 if model.name in NOT_COUNTED else COUNT_COST_LIMIT
+                    metadata = materialization_metadata(connection, model, cost_limit=limit)
+                    if model.name == "rule_cusum":
+                        metadata.update(_cusum_metadata(context, connection, batch, decided))
                     yield dg.MaterializeResult(asset_key=model.name, metadata=metadata)
-            events = connection.execute(sa.text("SELECT count(*) FROM scope_quarantines")).scalar_one()
+            events = relation_metadata(connection, "scope_quarantines", NEWEST_SCOPES, newest_by=("event_id",))
             scopes = [
                 dict(row)
                 for row in connection.execute(
@@ -89,6 +101,7 @@ def build_demotion_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                     )
                 ).mappings()
             ]
+        alike = {**data_lag(batch), "duration_seconds": round(time.monotonic() - begun, 3)}
         yield dg.MaterializeResult(
             asset_key="rule_quarantines",
             metadata={
@@ -96,18 +109,60 @@ def build_demotion_asset(graph: ModelGraph) -> dg.AssetsDefinition:
                 "quarantined": sum(what == "quarantined" for _, what in applied.moved),
                 "quarantined_scopes": sum(what != "quarantined" for _, what in applied.moved),
                 **{f"verdict_{verdict}": count for verdict, count in sorted(verdicts.items())},
+                "preview": dg.MetadataValue.md(markdown_table(shown[:PREVIEW_ROWS])),
                 "not_kept": dg.MetadataValue.md(markdown_table(shown[:50])),
+                **alike,
             },
         )
         yield dg.MaterializeResult(
             asset_key="scope_quarantines",
             metadata={
-                "dagster/row_count": events,
+                **events,
+                "rows_inserted": sum(what != "quarantined" for _, what in applied.moved),
                 "in_force": dg.MetadataValue.md(markdown_table(scopes)),
+                **alike,
             },
         )
 
     return demote
+
+
+def _cusum_metadata(
+    context: dg.AssetExecutionContext, connection: sa.Connection, batch: Batch, decided: Sequence[Decided]
+) -> dict[str, Any]:
+    """Where the CUSUMs stand, as they were just decided upon, and the rule with the highest W over time."""
+    c = load_policy(batch.policy_name).demotion.cusum
+    by_w = sorted(
+        ((scope, item.subject_id) for item in decided for scope in item.scopes),
+        key=lambda found: (-found[0].w, found[1], found[0].kind, found[0].value),
+    )
+    fleets = [(scope, rule_id) for scope, rule_id in by_w if scope.kind == "fleet"]
+    states = Counter(alarm_state(scope.w_peak, c) for scope, _ in by_w)
+    metadata: dict[str, Any] = {
+        "rules_watched": len(fleets),
+        "scopes_warned": states["warned"],
+        "scopes_alarmed": states["alarmed"],
+        "preview": dg.MetadataValue.md(
+            markdown_table(
+                [
+                    {"rule": rule_id, "scope": s.kind, "value": s.value, "w": s.w, "highest w": s.w_peak}
+                    | {"episodes": s.episodes, "failures": s.failures}
+                    for s, rule_id in by_w[:PREVIEW_ROWS]
+                ]
+            )
+        ),
+    }
+    if fleets:
+        worst, rule_id = fleets[0]
+        metadata["highest_w"] = worst.w
+
+        def draw() -> str:
+            points = cusum_by_hour(connection, rule_id, batch.policy_hash) or cusum_by_day(connection, rule_id, c)
+            return plot_trend(f"{rule_id}: success rate and CUSUM", rate_by_day(connection, rule_id), points, c)
+
+        words = f"success rate and CUSUM of {rule_id}, {alarm_state(worst.w_peak, c)}"
+        metadata.update(kept_plot(context, "rule_cusum", "worst_rule", words, draw))
+    return metadata
 
 
 def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
@@ -142,6 +197,7 @@ def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         with database.engine.begin() as connection:
             batch = open_batch(connection, context.run.run_id)
             done = update_attributions(connection, batch_id=batch.batch_id)
+        lag = data_lag(batch)
         with database.engine.connect() as connection:
             kept = kept_attributions(connection, done.failing)
             model = materialization_metadata(connection, cells, cost_limit=MODEL_COST)
@@ -152,23 +208,10 @@ def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             "computed": len(done.computed),
             "no_longer_failing": len(done.dropped),
             "duration_seconds": round(done.seconds, 3),
+            **lag,
             "causes_named": sum(len(k.result["segments"]) for k in ordered),
-            "rules": dg.MetadataValue.md(
-                markdown_table(
-                    [
-                        {
-                            "rule": k.rule_id,
-                            "executions": k.result["executions"],
-                            "rate": f"{k.result['rate']:.1%}",
-                            "why": k.sentence or "nothing stands out beyond chance",
-                            "as of": f"{k.computed_at:%Y-%m-%d %H:%M}",
-                        }
-                        for k in ordered[:50]
-                    ],
-                    ["rule", "executions", "rate", "why", "as of"],
-                    longest_cell=400,
-                )
-            ),
+            "preview": dg.MetadataValue.md(_table_of(ordered[:PREVIEW_ROWS], 200)),
+            "rules": dg.MetadataValue.md(_table_of(ordered[:50], 400)),
         }
         for answer in ordered[:PAGES]:
             name = _metadata_key(answer.rule_id)
@@ -184,6 +227,23 @@ def build_attribution_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         yield dg.MaterializeResult(asset_key="failure_attribution", metadata=metadata)
 
     return attribution
+
+
+def _table_of(kept: Sequence[Kept], longest_cell: int) -> str:
+    return markdown_table(
+        [
+            {
+                "rule": k.rule_id,
+                "executions": k.result["executions"],
+                "rate": f"{k.result['rate']:.1%}",
+                "why": k.sentence or "nothing stands out beyond chance",
+                "as of": f"{k.computed_at:%Y-%m-%d %H:%M}",
+            }
+            for k in kept
+        ],
+        ["rule", "executions", "rate", "why", "as of"],
+        longest_cell=longest_cell,
+    )
 
 
 def _metadata_key(rule_id: str) -> str:

@@ -7,13 +7,20 @@ import time
 import dagster as dg
 
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.sql_models.assets import relation_metadata
 
 EVERY_SECONDS = 10
+SHOWN = ("alert_key", "state", "severity", "title", "sentence", "last_at", "acknowledged_by")
+SAID_EVERY_SECONDS = 3600.0
 _LOADED = time.monotonic()
 
 
 def build_alert_sensor() -> dg.SensorDefinition:
-    """Build the sensor `alerts`. It starts no run: each tick is one look, told in numbers."""
+    """Build the sensor `alerts`. It starts no run: each tick is one look, told in numbers.
+
+    Once an hour it says on the asset `alerts` that it looks: the asset's freshness is judged by that.
+    """
+    said: list[float] = []
 
     @dg.sensor(
         name="alerts",
@@ -35,6 +42,17 @@ def build_alert_sensor() -> dg.SensorDefinition:
             alerting,
             budget_seconds=20.0,
         )
+        if not said or time.monotonic() - said[-1] >= SAID_EVERY_SECONDS:
+            with database.engine.connect() as connection:
+                rows = relation_metadata(connection, "alerts", SHOWN, newest_by=("last_at",))
+            context.instance.report_runless_asset_event(
+                dg.AssetMaterialization(
+                    "alerts",
+                    description=done.sentence,
+                    metadata={**rows, "observations": done.observations, "open_alerts": done.open_alerts},
+                )
+            )
+            said[:] = [time.monotonic()]
         return dg.SkipReason(done.sentence)
 
     return alerts

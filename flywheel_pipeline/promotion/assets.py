@@ -1,5 +1,6 @@
 """Dagster assets of the promotion room: decisions, the ledger, and the registry that folds from it."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,16 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.materialized import data_lag, kept_plot
 from flywheel_pipeline.promotion.apply import apply_promotions
 from flywheel_pipeline.promotion.decide import decide_patterns
-from flywheel_pipeline.sql_models.assets import table_metadata
+from flywheel_pipeline.promotion.funnel import plot_funnel, read_funnel
+from flywheel_pipeline.sql_models.assets import PREVIEW_ROWS, relation_metadata, table_metadata
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
 OWNER = ["team:data-platform"]
+NEWEST_DECISIONS = ("decision_id", "decided_at", "subject_kind", "subject_id", "verdict", "reason")
+NEWEST_EVENTS = ("event_id", "occurred_at", "rule_id", "rule_version", "kind", "from_state", "to_state", "reason")
 
 
 @dg.asset(
@@ -38,9 +43,11 @@ OWNER = ["team:data-platform"]
 )
 def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
     """Decide every pattern that waits."""
+    begun = time.monotonic()
     with database.engine.begin() as connection:
         batch = open_batch(connection, context.run.run_id)
         decided = decide_patterns(connection, batch)
+        shown = relation_metadata(connection, "promotion_decisions", NEWEST_DECISIONS, newest_by=("decision_id",))
     verdicts = Counter(item.decision.verdict for item in decided)
     rows: list[dict[str, Any]] = [
         {"pattern": d.subject_id, "verdict": d.decision.verdict, "reason": d.decision.reason, "new": d.changed}
@@ -54,6 +61,10 @@ def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDat
             "changed": sum(item.changed for item in decided),
             **{f"verdict_{verdict}": count for verdict, count in sorted(verdicts.items())},
             "decisions": dg.MetadataValue.md(markdown_table(rows[:50])),
+            **shown,
+            "rows_inserted": sum(item.changed for item in decided),
+            **data_lag(batch),
+            "duration_seconds": round(time.monotonic() - begun, 3),
         }
     )
 
@@ -90,13 +101,14 @@ def promotion_decisions(context: dg.AssetExecutionContext, database: FlywheelDat
 )
 def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iterator[dg.MaterializeResult[None]]:
     """Append the events of this batch's promotions."""
+    begun = time.monotonic()
     with database.engine.begin() as connection:
         batch = open_batch(connection, context.run.run_id)
         applied = apply_promotions(connection, batch)
     for subject, why in applied.held:
         context.log.warning(f"Held: {subject}: {why}.")
     with database.engine.connect() as connection:
-        events = connection.execute(sa.text("SELECT count(*) FROM rule_events")).scalar_one()
+        events = relation_metadata(connection, "rule_events", NEWEST_EVENTS, newest_by=("event_id",))
         counts = connection.execute(
             sa.text(
                 "SELECT count(*) AS rules, count(*) FILTER (WHERE enabled) AS enabled, "
@@ -110,11 +122,15 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
                 "FROM l1_rules WHERE source = 'promoted' ORDER BY match_count DESC, rule_id LIMIT 50"
             )
         ).mappings()
-        promoted_rules = markdown_table([dict(row) for row in promoted])
+        promoted_rules = [dict(row) for row in promoted]
+        funnel = read_funnel(connection)
+    alike = {**data_lag(batch), "duration_seconds": round(time.monotonic() - begun, 3)}
     yield dg.MaterializeResult(
         asset_key="rule_events",
         metadata={
-            "dagster/row_count": events,
+            **events,
+            **alike,
+            "rows_inserted": len(applied.moved),
             "moved": len(applied.moved),
             "held": len(applied.held),
             "moves": dg.MetadataValue.md(markdown_table([{"rule": r, "to": s} for r, s in applied.moved])),
@@ -128,7 +144,17 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
             "enabled": counts.enabled,
             "quarantined": counts.quarantined,
             "builtin": counts.builtin,
-            "promoted_rules": dg.MetadataValue.md(promoted_rules),
+            "preview": dg.MetadataValue.md(markdown_table(promoted_rules[:PREVIEW_ROWS])),
+            "promoted_rules": dg.MetadataValue.md(markdown_table(promoted_rules)),
+            **{label.replace(" ", "_"): count for label, count in funnel.steps},
+            **kept_plot(
+                context,
+                "l1_rules",
+                "promotion_funnel",
+                "promotion funnel: " + ", ".join(f"{label} {count}" for label, count in funnel.steps),
+                lambda: plot_funnel(funnel),
+            ),
+            **alike,
         },
     )
     if applied.gates_unmet:

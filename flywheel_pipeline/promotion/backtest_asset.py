@@ -5,13 +5,16 @@ known truth, `history.py` for the database).
 """
 
 import base64
+import time
 
 import dagster as dg
 from pydantic import Field
 
 from flywheel_pipeline.aggregates.batches import open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.materialized import data_lag
 from flywheel_pipeline.promotion.policy import load_policy, policy_names
+from flywheel_pipeline.sql_models.assets import PREVIEW_ROWS
 from flywheel_pipeline.sql_models.metadata import markdown_table
 
 TRUE_RATES = (0.70, 0.80, 0.85, 0.90, 0.95, 0.98)
@@ -39,6 +42,7 @@ def policy_backtest(
     context: dg.AssetExecutionContext, database: FlywheelDatabase, config: BacktestConfig
 ) -> dg.MaterializeResult[None]:
     """Replay history and simulated fleets through the policies."""
+    begun = time.monotonic()
     # Imported here: numpy and matplotlib have no place on the minute path.
     from flywheel_pipeline.promotion import backtest
     from flywheel_pipeline.promotion.history import backtest_history
@@ -80,6 +84,10 @@ def policy_backtest(
                     ],
                 )
             ),
+            "preview": dg.MetadataValue.md(markdown_table(simulated[:PREVIEW_ROWS])),
+            "dagster/row_count": len(simulated),
+            **data_lag(batch),
+            "duration_seconds": round(time.monotonic() - begun, 3),
             "patterns": len({row["pattern"] for row in replayed}),
             **{f"served_by_{p.name}": sum(row["policy"] == p.name for row in served) for p in chosen},
         }

@@ -22,7 +22,7 @@ from flywheel_pipeline.database import tables
 from flywheel_pipeline.delivery.capability import served_action
 from flywheel_pipeline.delivery.manifest import cohort
 from flywheel_pipeline.delivery.publish import load_appliances
-from flywheel_pipeline.health.cusum import ScopeAlarm
+from flywheel_pipeline.health.cusum import ScopeAlarm, ScopeFigure
 from flywheel_pipeline.health.demotion import advance_checkpoints, attribute_rules, load_scopes
 from flywheel_pipeline.promotion.gates import (
     Decision,
@@ -44,7 +44,10 @@ EARLY_GATES = ("telemetry_contract", "telemetry_freshness", "counters_equal_reco
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision as stored: `changed` tells a new row from a confirmed one; `alarms`: scopes that leave service."""
+    """A decision as stored: `changed` tells a new row from a confirmed one; `alarms`: scopes that leave service.
+
+    `scopes`: where the CUSUM of a rule stands, fleet first.
+    """
 
     decision_id: int
     subject_kind: Literal["pattern", "rule"]
@@ -52,6 +55,7 @@ class Decided:
     changed: bool
     decision: Decision
     alarms: tuple[ScopeAlarm, ...] = ()
+    scopes: tuple[ScopeFigure, ...] = ()
 
 
 def conditions_of(incident_type: str) -> dict[str, str]:
@@ -466,7 +470,7 @@ def _store(
         fresh = before is None or before.decision_hash != digest or acts
         if before is not None and not fresh:
             confirmed.append(before.decision_id)
-            stored.append(Decided(before.decision_id, subject_kind, subject_id, False, decision, _alarms(evidence)))
+            stored.append(Decided(before.decision_id, subject_kind, subject_id, False, decision, *_cusum(evidence)))
             continue
         decision_id = connection.execute(
             sa.insert(tables.promotion_decisions)
@@ -486,7 +490,7 @@ def _store(
             )
             .returning(tables.promotion_decisions.c.decision_id)
         ).scalar_one()
-        stored.append(Decided(decision_id, subject_kind, subject_id, True, decision, _alarms(evidence)))
+        stored.append(Decided(decision_id, subject_kind, subject_id, True, decision, *_cusum(evidence)))
     if confirmed:
         connection.execute(
             # What a later batch confirmed meanwhile stays confirmed by it: this batch was overtaken.
@@ -499,8 +503,8 @@ def _store(
     return stored
 
 
-def _alarms(evidence: Any) -> tuple[ScopeAlarm, ...]:
-    return evidence.alarms if isinstance(evidence, RuleEvidence) else ()
+def _cusum(evidence: Any) -> tuple[tuple[ScopeAlarm, ...], tuple[ScopeFigure, ...]]:
+    return (evidence.alarms, evidence.scopes) if isinstance(evidence, RuleEvidence) else ((), ())
 
 
 def decide_patterns(connection: sa.Connection, batch: Batch) -> list[Decided]:

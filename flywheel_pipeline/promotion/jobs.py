@@ -56,6 +56,10 @@ def _form(step: str, **fields: Any) -> dict[str, Any]:
     return {"ops": {step: {"config": {**fields, "actor": "", "reason": ""}}}}
 
 
+def _tags(name: str) -> dict[str, str]:
+    return {"flywheel/trigger": "human_act", "flywheel/act": name}
+
+
 def _act(
     context: dg.OpExecutionContext,
     database: FlywheelDatabase,
@@ -86,7 +90,13 @@ def _human_job(name: str, description: str) -> dg.JobDefinition:
 
     form = _form(step) if name in ("freeze", "thaw") else _form(step, subjects=[])
 
-    @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor, config=form)
+    @dg.job(
+        name=f"human_{name}",
+        description=description,
+        executor_def=dg.in_process_executor,
+        config=form,
+        tags=_tags(name),
+    )
     def job() -> None:
         do()
 
@@ -106,7 +116,13 @@ def _scoped_job(name: str, description: str) -> dg.JobDefinition:
 
     form = _form(step, subjects=[], site="", agent_version="")
 
-    @dg.job(name=f"human_{name}", description=description, executor_def=dg.in_process_executor, config=form)
+    @dg.job(
+        name=f"human_{name}",
+        description=description,
+        executor_def=dg.in_process_executor,
+        config=form,
+        tags=_tags(name),
+    )
     def job() -> None:
         do()
 
@@ -129,6 +145,7 @@ def _readmit_job() -> dg.JobDefinition:
         name="human_readmit",
         description=READMIT,
         executor_def=dg.in_process_executor,
+        tags=_tags("readmit"),
         config=_form("readmit_act", rule_id="", runbook_id="", incident_type="", platform=""),
     )
     def job() -> None:

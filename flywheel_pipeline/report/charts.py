@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flywheel_pipeline.health.attribution import WaterfallStep, percent
+from flywheel_pipeline.health.cusum import increments
+from flywheel_pipeline.health.trend import CusumPoint
+from flywheel_pipeline.promotion.policy import Cusum
 from flywheel_pipeline.report.page import Chart
 
-INK, SOFT, GREY, GOOD, BAD, BLUE = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e"
+INK, SOFT, GREY, GOOD, BAD, BLUE, AMBER = "#1b2430", "#5c6876", "#cfd6de", "#1f7a53", "#b3382b", "#2b5c9e", "#a8690b"
 WIDTH = 930
 # A chart is measured here and drawn with the reader's fonts, which may be a fifth wider: labels get room in any.
 LABELS = 235
@@ -176,6 +179,50 @@ def waterfall(steps: Sequence[WaterfallStep], rule_id: str) -> Chart:
         f"From the raw to the adjusted success rate of {rule_id}: "
         + "; ".join(f"{v['label']} {v['text']}" for v in values),
         "From the raw rate to that of what the rule could fix, one outcome class taken out after the other; green: reported as success.",
+    )
+
+
+def cusum(points: Sequence[CusumPoint], c: Cusum, rule_id: str) -> Chart:
+    """Draw W over the days: where it stood at the end of each, its highest as a bar, and the policy's two limits.
+
+    Args:
+        points: by day, in order; at least one.
+        c: the limits.
+        rule_id: the rule, for those who do not see the chart.
+    """
+    import altair as alt
+
+    rows = [{"begin": p.at.isoformat(), "w": round(p.w, 4), "peak": round(p.w_peak, 4)} for p in points]
+    top = 1.12 * max(c.quarantine_at, *(p.w_peak for p in points))
+    y = alt.Scale(domain=[0, top])
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=_time_axis())
+    peaks = base.mark_bar(color=GREY, width=max(1, min(14, 600 // len(rows)))).encode(
+        y=alt.Y("peak:Q", title="CUSUM W", scale=y, axis=alt.Axis(tickCount=5))
+    )
+    line = base.mark_line(color=INK, strokeWidth=1.6, point=alt.OverlayMarkDef(size=14, color=INK)).encode(
+        y=alt.Y("w:Q", scale=y)
+    )
+    limits = [
+        (c.warn_at, f"- - warns at {c.warn_at:g}", AMBER, 0),
+        (c.quarantine_at, f"- - leaves service at {c.quarantine_at:g}", BAD, 110),
+    ]
+    drawn = peaks
+    for limit, text, colour, shift in limits:
+        one = alt.Chart(alt.InlineData(values=[{"limit": limit, "text": text}]))
+        # The words stand above the chart: beside their lines they would be hidden where W towers above both.
+        drawn += one.mark_rule(color=colour, strokeDash=[5, 3], strokeWidth=1.2).encode(y=alt.Y("limit:Q", scale=y))
+        drawn += one.mark_text(align="left", baseline="bottom", color=colour, fontSize=11).encode(
+            x=alt.value(shift), y=alt.value(-4), text="text:N"
+        )
+    highest = max(points, key=lambda p: p.w_peak)
+    return Chart(
+        _svg((drawn + line).properties(width=WIDTH, height=170)),
+        f"CUSUM of {rule_id} from {points[0].at:%Y-%m-%d} to {points[-1].at:%Y-%m-%d}: W {points[-1].w:.2f} now, at its "
+        f"highest {highest.w_peak:.2f} on {highest.at:%Y-%m-%d}; it warns at {c.warn_at:g} and leaves service at "
+        f"{c.quarantine_at:g}.",
+        f"Line: W after the last episode of a day; bars: its highest that day. An episode that held moves W by "
+        f"{increments(c)[0]:+.2f}, one that failed by {increments(c)[1]:+.2f}, never below zero: the evidence that the rate "
+        f"fell from {c.good:.0%} to {c.bad:.0%}. A straight climb is a rule that fails as often as ever; a bend is a change.",
     )
 
 

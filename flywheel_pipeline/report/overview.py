@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.health.failing_rules import AT_LEAST, BELOW, FailingRule, failing_rules
 from flywheel_pipeline.health.stored import Kept, kept_attributions
+from flywheel_pipeline.promotion.bound import band
+from flywheel_pipeline.promotion.funnel import read_funnel
 from flywheel_pipeline.report import charts
-from flywheel_pipeline.report.bound import band
 from flywheel_pipeline.report.causes import attribution_blocks, cause_blocks
 from flywheel_pipeline.report.page import Block, Column, Heading, Page, Prose, Section, Table, Tile, percent
 from flywheel_pipeline.report.snapshot import Period, within_day, within_time
@@ -133,7 +134,6 @@ def _volume(connection: sa.Connection, period: Period) -> Section:
 
 
 def _funnel(connection: sa.Connection, status: Mapping[str, Any]) -> Section:
-    patterns, rules = status["patterns"], status["rules"]
     reached = rows_of(
         connection,
         """
@@ -144,10 +144,10 @@ def _funnel(connection: sa.Connection, status: Mapping[str, Any]) -> Section:
         """,
     )[0]
     steps = [
-        ("patterns seen", patterns["total"], charts.BLUE),
-        ("patterns promoted", patterns["promoted"], charts.BLUE),
-        ("rules made of them", rules["promoted"], charts.GOOD),
-        ("rules in service", rules["enabled"], charts.GOOD),
+        *(
+            (label, count, charts.BLUE if label.startswith("patterns") else charts.GOOD)
+            for label, count in read_funnel(connection).steps
+        ),
         ("in the manifest of an appliance", reached["served"], charts.GOOD),
         ("delivered to an appliance", reached["delivered"], charts.GOOD),
         ("executed there since", reached["executed"], charts.GOOD),

@@ -14,14 +14,16 @@ import sqlalchemy as sa
 from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.health.attribution import waterfall
 from flywheel_pipeline.health.failing_rules import describe, failures_of, outcome_counts
+from flywheel_pipeline.health.trend import alarm_state, cusum_by_day, rate_by_day, so_far
 from flywheel_pipeline.promotion import certificate
+from flywheel_pipeline.promotion.bound import band
 from flywheel_pipeline.promotion.explain import explain_in
+from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.report import charts
-from flywheel_pipeline.report.bound import band
 from flywheel_pipeline.report.causes import attribution_blocks, cause_blocks
-from flywheel_pipeline.report.overview import DECISION_COLUMNS, EVENT_COLUMNS, LISTED, rows_of
+from flywheel_pipeline.report.overview import DECISION_COLUMNS, EVENT_COLUMNS, LISTED, RULES_SHOWN, rows_of
 from flywheel_pipeline.report.page import Block, Column, Page, Prose, Section, Table, Tile, percent
-from flywheel_pipeline.report.snapshot import Period, within_day, within_time
+from flywheel_pipeline.report.snapshot import Period, within_time
 
 
 def rule_page(connection: sa.Connection, rule_id: str, period: Period, facts: Mapping[str, str]) -> Page:
@@ -65,6 +67,7 @@ def rule_page(connection: sa.Connection, rule_id: str, period: Period, facts: Ma
         ),
         (
             _over_time(connection, rule_id, period),
+            _cusum(connection, rule_id, rule, found["policy"]),
             _why(connection, rule_id, rule, found.get("why")),
             _evidence(found),
             _where(connection, rule_id),
@@ -82,22 +85,72 @@ def rule_page(connection: sa.Connection, rule_id: str, period: Period, facts: Ma
 
 
 def _over_time(connection: sa.Connection, rule_id: str, period: Period) -> Section:
-    days = rows_of(
-        connection,
-        "SELECT day, sum(executions)::bigint AS executions, sum(raw_successes)::bigint AS successes, "  # noqa: S608
-        "sum(rated_episodes)::bigint AS rated, sum(successful_episodes)::bigint AS healed FROM rule_daily_stats "
-        f"WHERE rule_id = :id AND {within_day('day')} GROUP BY day ORDER BY day",
-        id=rule_id,
-        **period.bounds,
+    days = rate_by_day(connection, rule_id, since=period.since, until=period.until)
+    blocks: list[Block] = (
+        [charts.rate_over_time(so_far(days))] if days else [Prose("It matched nothing in this period.")]
     )
-    rated = healed = 0
-    for day in days:
-        rated += int(day["rated"])
-        healed += int(day["healed"])
-        day["so_far"] = healed / rated if rated else None
-        day["lower"], day["upper"] = band(healed, rated - healed)
-    blocks: list[Block] = [charts.rate_over_time(days)] if days else [Prose("It matched nothing in this period.")]
     return Section("rate", "Success rate over time", "All versions of the rule, over the days of the period.", blocks)
+
+
+def _cusum(connection: sa.Connection, rule_id: str, rule: Mapping[str, Any], policy_name: str) -> Section:
+    policy = load_policy(policy_name)
+    c = policy.demotion.cusum
+    points = cusum_by_day(connection, rule_id, c)
+    scopes = rows_of(
+        connection,
+        "SELECT scope_kind, scope_value, episodes, failures, w, w_peak, warned_at, alarmed_at, count(*) OVER () AS of "
+        "FROM rule_cusum WHERE rule_id = :id AND policy_hash = :policy "
+        "ORDER BY scope_kind = 'fleet' DESC, w DESC, scope_kind, scope_value LIMIT :shown",
+        id=rule_id,
+        policy=policy.policy_hash,
+        shown=RULES_SHOWN,
+    )
+    blocks: list[Block] = []
+    if points:
+        state = alarm_state(max(p.w_peak for p in points), c)
+        words = {"calm": "it never reached a limit", "warned": "it warned", "alarmed": "it alarmed"}[state]
+        demotes = (
+            "The policy spares built-in rules: nothing comes of it."
+            if rule["source"] == "builtin" and policy.demotion.spare_builtin
+            else "Under this policy a failing rule only warns."
+            if policy.demotion.failing_rule == "warn"
+            else "What alarms leaves service: the site, the agent release, or the rule."
+        )
+        blocks.append(
+            Prose(
+                f"W over the fleet stands at {points[-1].w:.2f} after {sum(p.episodes for p in points):,} rated episodes of "
+                f"version {rule['rule_version']}; {words}. {demotes}",
+                "good" if state == "calm" else "bad",
+            )
+        )
+        blocks.append(charts.cusum(points, c, rule_id))
+    else:
+        blocks.append(Prose("No rated episode of this version yet: there is nothing to add up."))
+    if scopes:
+        blocks.append(
+            Table(
+                (
+                    Column("scope_kind", "scope"),
+                    Column("scope_value", "which", "code"),
+                    Column("episodes", "episodes", "number"),
+                    Column("failures", "failures", "number"),
+                    Column("w", "W now", "number"),
+                    Column("w_peak", "W at its highest", "number"),
+                    Column("warned_at", "warned", "time"),
+                    Column("alarmed_at", "alarmed", "time"),
+                ),
+                [{**row, "w": round(row["w"], 2), "w_peak": round(row["w_peak"], 2)} for row in scopes],
+                caption="By scope",
+                of=scopes[0]["of"],
+            )
+        )
+    return Section(
+        "cusum",
+        "Did it get worse?",
+        "The CUSUM of the version in service, all its days: evidence that its rate fell, episode by episode. "
+        "Of a rule out of service: since that version entered it.",
+        blocks,
+    )
 
 
 def _why(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from flywheel_pipeline.database import tables
+from flywheel_pipeline.database.column_words import column_words
 from flywheel_pipeline.sql_models.cells import CellCounts
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel
 from flywheel_pipeline.sql_models.metadata import markdown_table
@@ -74,7 +76,7 @@ def asset_spec(
             ),
             "dagster/column_lineage": column_lineage(model, source_keys=keys),
             "dagster/table_name": f"public.{model.name}",
-            "dagster/code_references": _code_reference(model),
+            "dagster/code_references": code_reference(model.path, 1, model.file),
             "file": dg.MetadataValue.path(str(model.path)),
             "key": dg.MetadataValue.text(", ".join(model.key)),
             "sql": dg.MetadataValue.md(f"```sql\n{model.sql}\n```"),
@@ -82,11 +84,11 @@ def asset_spec(
     )
 
 
-def _code_reference(model: SqlModel) -> dg.CodeReferencesMetadataValue:
-    """Link to the model's file. The class is in beta; our pin on dagster is exact, so it cannot change."""
+def code_reference(path: Path, line: int, label: str) -> dg.CodeReferencesMetadataValue:
+    """Link to a place in a file. The class is in beta; our pin on dagster is exact, so it cannot change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
-        reference = dg.LocalFileCodeReference(file_path=str(model.path), line_number=1, label=model.file)
+        reference = dg.LocalFileCodeReference(file_path=str(path), line_number=line, label=label)
         return dg.CodeReferencesMetadataValue(code_references=[reference])
 
 
@@ -128,20 +130,7 @@ def materialization_metadata(
     Returns:
         Metadata by name, every value acceptable to Dagster.
     """
-    metadata: dict[str, Any] = {}
-    rows, cost = _estimate(connection, model)
-    if cost <= cost_limit:
-        counted = execute(connection, f"SELECT count(*) FROM {quote(model.name)}").scalar_one()
-        metadata["dagster/row_count"] = int(counted)
-        columns = ", ".join(quote(column) for column in model.columns)
-        sample = execute(connection, f"SELECT {columns} FROM {quote(model.name)} LIMIT {PREVIEW_ROWS}")
-        preview = markdown_table([dict(row) for row in sample.mappings()], list(model.columns))
-        metadata["preview"] = dg.MetadataValue.md(preview)
-    else:
-        metadata["row_count_estimate"] = int(rows)
-        metadata["preview"] = dg.MetadataValue.md(
-            f"Not counted: the planner expects a cost of {cost:,.0f}, above {cost_limit:,.0f}."
-        )
+    metadata = relation_metadata(connection, model.name, list(model.columns), cost_limit=cost_limit)
     if counts is not None:
         metadata["rows_inserted"] = counts.inserted
         metadata["rows_updated"] = counts.updated
@@ -151,20 +140,63 @@ def materialization_metadata(
     return metadata
 
 
-def _estimate(connection: sa.Connection, model: SqlModel) -> tuple[float, float]:
-    """Give the planner's (rows, cost) for reading the whole model."""
-    plan = execute(connection, f"EXPLAIN (FORMAT JSON) SELECT * FROM {quote(model.name)}").scalar_one()
+def relation_metadata(
+    connection: sa.Connection,
+    name: str,
+    columns: Sequence[str],
+    *,
+    newest_by: Sequence[str] = (),
+    cost_limit: float = COUNT_COST_LIMIT,
+) -> dict[str, Any]:
+    """Say how many rows a table or view holds, and show a few of these columns.
+
+    Args:
+        connection: any connection to the database.
+        name: the table or view; like all names here it is one of ours.
+        columns: the columns to show, in order.
+        newest_by: columns by which the rows with the highest values are shown; none: any rows.
+        cost_limit: planner cost of reading the whole above which it is neither counted nor shown.
+
+    Returns:
+        `dagster/row_count`, or `row_count_estimate` where counting would be dear; and `preview` as Markdown.
+    """
+    rows, cost = _estimate(connection, name)
+    if cost > cost_limit:
+        return {
+            "row_count_estimate": int(rows),
+            "preview": dg.MetadataValue.md(
+                f"Not counted: the planner expects a cost of {cost:,.0f}, above {cost_limit:,.0f}."
+            ),
+        }
+    counted = execute(connection, f"SELECT count(*) FROM {quote(name)}").scalar_one()
+    order = ", ".join(f"{quote(column)} DESC NULLS LAST" for column in newest_by)
+    sample = execute(
+        connection,
+        f"SELECT {', '.join(quote(column) for column in columns)} FROM {quote(name)} "
+        + (f"ORDER BY {order} " if order else "")
+        + f"LIMIT {PREVIEW_ROWS}",
+    )
+    return {
+        "dagster/row_count": int(counted),
+        "preview": dg.MetadataValue.md(markdown_table([dict(row) for row in sample.mappings()], columns)),
+    }
+
+
+def _estimate(connection: sa.Connection, name: str) -> tuple[float, float]:
+    """Give the planner's (rows, cost) for reading the whole of a table or view."""
+    plan = execute(connection, f"EXPLAIN (FORMAT JSON) SELECT * FROM {quote(name)}").scalar_one()
     top = (json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]
     return float(top["Plan Rows"]), float(top["Total Cost"])
 
 
 def table_metadata(name: str) -> dict[str, Any]:
-    """Say what a declared table is for the Dagster UI: its columns with types and comments, and its name.
+    """Say what a declared table is for the Dagster UI: its columns with types and meanings, and its name.
 
     Raises:
-        KeyError: `database/tables.py` declares no such table.
+        KeyError: `database/tables.py` declares no such table, or nothing says what a column of it means.
     """
     table = tables.metadata.tables[name]
+    words = column_words(table)
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     return {
         "dagster/table_name": f"public.{name}",
@@ -173,7 +205,8 @@ def table_metadata(name: str) -> dict[str, Any]:
                 dg.TableColumn(
                     name=column.name,
                     type=column.type.compile(dialect).lower(),
-                    description=column.comment,
+                    # The page renders this as Markdown, which would swallow <action>.
+                    description=words[column.name].replace("<", "‹").replace(">", "›"),
                     constraints=dg.TableColumnConstraints(nullable=bool(column.nullable), unique=bool(column.unique)),
                 )
                 for column in table.columns

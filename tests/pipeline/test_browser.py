@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from graph_runs import Environment, PlayedDay
@@ -33,6 +33,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--window-size=1600,1200",
 )
+ROOMS = ("telemetry", "aggregates", "candidates", "promotion", "delivery", "health")
 LOCATION = "flywheel"
 WAIT_SECONDS = 45
 
@@ -93,10 +94,80 @@ def wait_for_text(browser: Chrome, *texts: str) -> str:
     return str(found)
 
 
-def test_the_asset_graph_shows_every_room(ui: Services, browser: Chrome) -> None:
+def graphql(browser: Chrome, query: str) -> dict[str, Any]:
+    """What the webserver tells this page, asked from within it."""
+    answer = browser.execute_async_script(
+        "const [query, done] = arguments;"
+        "fetch('/graphql', {method: 'POST', headers: {'Content-Type': 'application/json'},"
+        " body: JSON.stringify({query})}).then(r => r.json()).then(done, e => done({errors: String(e)}))",
+        query,
+    )
+    assert "errors" not in answer, answer
+    return dict(answer["data"])
+
+
+def errors_of(browser: Chrome) -> list[str]:
+    """What the pages since the last look logged as an error."""
+    return [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
+    ]
+
+
+def test_the_asset_graph_shows_every_room_each_asset_described_and_logs_no_error(ui: Services, browser: Chrome) -> None:
     browser.get(f"{ui.url}/asset-groups")
-    text = wait_for_text(browser, "telemetry", "promotion")
+    text = wait_for_text(browser, *ROOMS)
     assert "default" not in text.split()
+    told = graphql(
+        browser, "{ assetNodes { assetKey { path } groupName description staleStatus owners { __typename } } }"
+    )
+    nodes = told["assetNodes"]
+    assert len(nodes) >= 38
+    assert {node["groupName"] for node in nodes} == set(ROOMS)
+    assert [node["assetKey"] for node in nodes if len(node["description"] or "") < 40 or not node["owners"]] == []
+    # Two runs made everything that a run makes; none of it is behind what it was made of, the log included.
+    assert {node["assetKey"]["path"][0] for node in nodes if node["staleStatus"] != "FRESH"} <= {
+        "policy_backtest",
+        "day_backfill",
+    }
+    assert errors_of(browser) == []
+
+
+def test_the_badge_of_an_asset_says_how_fresh_it_is_and_when_it_will_not_be(ui: Services, browser: Chrome) -> None:
+    browser.get(f"{ui.url}/assets/l1_rules")
+    wait_for_text(
+        browser,
+        "Freshness policy",
+        "Fails if more than 26 hours since last materialization",
+        "Warns if more than 6 hours since last materialization",
+        "flywheel/tempo: minute",
+    )
+
+
+def test_the_plot_of_a_materialization_is_drawn_and_its_numbers_are_plotted(ui: Services, browser: Chrome) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    for asset, name, words in (
+        ("rule_cusum", "worst_rule", "success rate and CUSUM of RB-AUTO-BITLOCKE, alarmed"),
+        ("l1_rules", "promotion_funnel", "patterns seen 56, patterns promoted 46"),
+    ):
+        browser.get(f"{ui.url}/assets/{asset}?view=events")
+        wait_for_text(browser, name, "[Show Markdown]")
+        row = browser.find_element(By.XPATH, f"//tr[td[normalize-space()='{name}']]")
+        row.find_element(By.XPATH, ".//*[text()='[Show Markdown]']").click()
+        drawn = WebDriverWait(browser, WAIT_SECONDS).until(
+            lambda driver, words=words: driver.execute_script(
+                "return [...document.images].filter(i => i.alt.includes(arguments[0]) && i.complete && i.naturalWidth)"
+                ".map(i => [i.naturalWidth, i.src.slice(0, 22), i.src.length])[0]",
+                words,
+            )
+        )
+        assert drawn[0] > 300
+        assert drawn[1] == "data:image/png;base64,"
+        assert drawn[2] <= 30_000
+    assert errors_of(browser) == []
 
 
 def test_the_check_of_failing_rules_names_bitlocker_with_its_matches_rate_and_errors(
@@ -138,9 +209,4 @@ def test_no_page_logs_an_error_in_the_browser(ui: Services, browser: Chrome) -> 
     for page in ("/asset-groups", "/assets/l1_rules", "/runs"):
         browser.get(f"{ui.url}{page}")
         wait_for_text(browser, "Overview")
-        problems = [
-            entry["message"]
-            for entry in browser.get_log("browser")
-            if entry["level"] == "SEVERE" and "favicon" not in entry["message"]
-        ]
-        assert problems == []
+        assert errors_of(browser) == []

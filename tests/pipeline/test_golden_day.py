@@ -11,6 +11,8 @@ import pytest
 import sqlalchemy as sa
 from graph_runs import Environment, Flywheel, PlayedDay, state_of
 
+from flywheel_pipeline.asset_page import TEMPO_TAG
+from flywheel_pipeline.build import build_defs
 from flywheel_pipeline.database.settings import get_settings
 from flywheel_pipeline.promotion.certificate import verify
 from flywheel_pipeline.promotion.explain import explain
@@ -22,6 +24,7 @@ from flywheel_pipeline.simulation.replay import (
     HELD_PATTERNS,
 )
 from flywheel_pipeline.simulation.stage import compare
+from flywheel_pipeline.sql_models.loader import load_models
 
 #: What a reason must say, by the kind of reason that the replay gives a pattern.
 HELD_BECAUSE = {
@@ -129,6 +132,60 @@ def test_the_causes_stand_in_the_alert_in_the_check_and_in_the_materialization(p
     hosts = {row["hostname"] for row in _rows(played.engine, "SELECT DISTINCT hostname FROM execution_telemetry")}
     told = f"{described} {shown} {made}"
     assert not [host for host in hosts if re.search(rf"(?<![\w-]){re.escape(host)}(?![\w-])", told, re.IGNORECASE)]
+
+
+def test_each_materialization_says_how_much_how_long_and_how_late_and_shows_rows(played: PlayedDay) -> None:
+    models = load_models().models
+    nodes = {node.key: node for node in build_defs().resolve_asset_graph().asset_nodes}
+    with dagster_instance(played.engine.url, get_settings()) as instance:
+        events = instance.event_log_storage.get_latest_materialization_events(list(nodes))
+        kept = [
+            {name: value.value for name, value in record.asset_materialization.metadata.items()}
+            for record in instance.fetch_materializations(dg.AssetKey("rule_cusum"), limit=2).records
+            if record.asset_materialization is not None
+        ]
+    made: dict[str, dict[str, Any]] = {}
+    for key, node in nodes.items():
+        event = events.get(key)
+        if event is None:
+            assert node.tags[TEMPO_TAG] in ("by_hand", "nightly", "watched"), key
+            continue
+        assert event.asset_materialization is not None
+        name = key.to_user_string()
+        made[name] = {field: value.value for field, value in event.asset_materialization.metadata.items()}
+    assert len(made) >= 35
+    for name, shown in made.items():
+        if name == "execution_telemetry":  # written by others: no run makes it
+            assert shown.keys() == {"newest_arrival_at", "site_days", "data_lag_seconds"}
+            continue
+        if name != "rule_quarantines":  # no table: what the run did
+            rows = shown.get("dagster/row_count", shown.get("row_count_estimate"))
+            assert isinstance(rows, int), name
+        assert shown["preview"], name
+        lines = str(shown["preview"]).splitlines()
+        assert len(lines) <= 12, f"{name}: a head, a rule and at most ten rows"
+        if name in models:
+            assert models[name].sql in str(shown["sql"]), name
+        if name not in models or models[name].materialized == "cell":  # a view is made when it is read
+            assert shown["duration_seconds"] >= 0, name
+            assert 0 <= shown["data_lag_seconds"] < 24 * 3600, name
+        if name in models and models[name].materialized == "cell":
+            assert {f"rows_{what}" for what in ("inserted", "updated", "deleted", "unchanged")} <= shown.keys(), name
+        for field, value in shown.items():
+            for uri in re.findall(r"\((data:[^)]*)\)", str(value)):
+                assert uri.startswith("data:image/png;base64,"), (name, field)
+                assert len(uri) <= 30_000, (name, field)
+    funnel = made["l1_rules"]
+    assert (
+        "patterns seen 56, patterns promoted 46, rules made of them 20, rules in service 9"
+        in funnel["promotion_funnel"]
+    )
+    assert (funnel["patterns_seen"], funnel["rules_in_service"]) == (56, 9)
+    # The same rule is the worst, and as bad: the plot of the morning's run still stands, and says when it was drawn.
+    assert "success rate and CUSUM of RB-AUTO-BITLOCKE, alarmed" in kept[0]["worst_rule"]
+    assert kept[0]["worst_rule_drawn_at"] == kept[1]["worst_rule_drawn_at"]
+    assert kept[0]["worst_rule"] == kept[1]["worst_rule"]
+    assert funnel["promotion_funnel_drawn_at"] > kept[0]["worst_rule_drawn_at"], "three promotions: drawn anew"
 
 
 def test_eleven_rules_are_quarantined_each_with_its_placeholder_as_reason(played: PlayedDay) -> None:

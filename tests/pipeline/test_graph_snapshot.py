@@ -6,6 +6,7 @@ difference that it makes.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import subprocess
@@ -19,13 +20,17 @@ import sqlalchemy as sa
 import yaml
 
 from flywheel_pipeline.aggregates.assets import FEEDBACK
+from flywheel_pipeline.asset_page import TEMPO_TAG, TEMPOS, code_version
 from flywheel_pipeline.build import CONTRACT_CHECKS, NIGHTLY_JOB, PIPELINE_JOB, build_defs
+from flywheel_pipeline.database.column_words import idle_words
 from flywheel_pipeline.sql_models.loader import load_models
 from flywheel_pipeline.telemetry.checks import NIGHTLY_CHECKS
+from flywheel_pipeline.telemetry.quality import FRESH_WITHIN
 
 SNAPSHOT = Path(__file__).with_name("graph_snapshot.yaml")
 GROUPS = {"telemetry", "aggregates", "candidates", "promotion", "delivery", "health", "simulation"}
 #: The job that promotes, and what may be left out of it: days are backfilled by hand, the backtest costs seconds.
+NO_TABLE = {"rule_quarantines", "policy_backtest", "day_backfill"}  # what a run did, not rows of a relation
 LEFT_OUT = {PIPELINE_JOB: {"day_backfill", "policy_backtest"}, NIGHTLY_JOB: {"day_backfill"}}
 
 
@@ -47,6 +52,18 @@ def checks(definitions: dg.Definitions) -> dict[str, dg.AssetCheckSpec]:
         if isinstance(definition, dg.AssetChecksDefinition)
         for spec in definition.check_specs
     }
+
+
+def windows(node: Any) -> list[float] | None:
+    """After which age of its last materialization the asset's badge warns and fails, in hours."""
+    policy = node.freshness_policy_or_from_metadata
+    if policy is None:
+        return None
+    return [
+        window.to_timedelta().total_seconds() / 3600
+        for window in (policy.warn_window, policy.fail_window)
+        if window is not None
+    ]
 
 
 def shape(definitions: dg.Definitions, nodes: dict[str, Any], checks: dict[str, dg.AssetCheckSpec]) -> dict[str, Any]:
@@ -73,6 +90,8 @@ def shape(definitions: dg.Definitions, nodes: dict[str, Any], checks: dict[str, 
                 "kinds": sorted(node.kinds),
                 "made_here": node.is_materializable,
                 "partitioned": node.is_partitioned,
+                "tempo": node.tags.get(TEMPO_TAG),
+                "stale_after_hours": windows(node),
             }
             for name, node in sorted(nodes.items())
         },
@@ -159,6 +178,65 @@ def test_every_asset_says_what_it_is_whose_and_where(nodes: dict[str, Any]) -> N
         assert node.owners, name
         assert all(owner.startswith("team:") for owner in node.owners), name
         assert node.kinds, name
+        assert node.tags[TEMPO_TAG], name
+
+
+def test_every_asset_shows_its_columns_and_each_column_what_it_means(nodes: dict[str, Any]) -> None:
+    for name, node in nodes.items():
+        if name in NO_TABLE:
+            continue
+        assert node.metadata["dagster/table_name"].startswith("public."), name
+        columns = node.metadata["dagster/column_schema"].columns
+        assert columns, name
+        for column in columns:
+            assert column.type, (name, column.name)
+            assert column.description, (name, column.name)
+    assert idle_words() == []
+
+
+def test_every_asset_made_here_names_its_code_by_version_and_place(nodes: dict[str, Any]) -> None:
+    made_here = {name: node for name, node in nodes.items() if node.is_materializable}
+    models = load_models().models
+    for name, node in made_here.items():
+        (reference,) = node.metadata["dagster/code_references"].code_references
+        path = Path(reference.file_path)
+        assert path.parent.name == node.group_name, name
+        if name in models:
+            continue
+        assert node.code_version == code_version(str(path.parent)), name
+        # The line is that of the function: name or decorator.
+        lines = path.read_text("utf-8").splitlines()[reference.line_number - 1 :]
+        head = next(line for line in lines if line.lstrip().startswith("def "))
+        assert f"def {reference.label}(" in head, name
+
+
+def test_a_room_has_another_code_version_when_a_file_of_it_changes(tmp_path: Path) -> None:
+    def version(text: str, file: str = "a.py") -> str:
+        code_version.cache_clear()
+        (tmp_path / file).write_text(text)
+        return code_version(str(tmp_path))
+
+    first = version("x = 1")
+    assert version("x = 1") == first
+    assert version("x = 2") != first
+    assert version("x = 1") == first
+    assert version("floor: 0.9", "policies.yaml") != first
+    code_version.cache_clear()
+
+
+def test_what_somebody_waits_for_has_an_age_at_which_its_badge_warns_and_fails(nodes: dict[str, Any]) -> None:
+    by_hand = {name for name, tempo in TEMPOS.items() if tempo.name == "by_hand"}
+    assert TEMPOS.keys() <= nodes.keys()
+    for name, node in nodes.items():
+        found = windows(node)
+        if name in by_hand:
+            assert found is None, name
+        else:
+            assert found is not None, name
+            warn, fail = found
+            assert 1 <= warn < fail, name
+    # The badge of the log is red exactly when the gate on its age no longer lets anything be promoted.
+    assert windows(nodes["execution_telemetry"]) == [6, FRESH_WITHIN.total_seconds() / 3600]
 
 
 def test_every_sql_model_shows_its_columns_its_sql_and_a_link_to_its_file(nodes: dict[str, Any]) -> None:
@@ -200,6 +278,20 @@ def test_jobs_sensors_and_schedules_say_what_they_do(definitions: dg.Definitions
         assert job.name.startswith("__") or job.description, job.name
     for ticking in (*repository.sensor_defs, *repository.schedule_defs):
         assert ticking.description, ticking.name
+
+
+def test_runs_that_a_clock_or_a_person_starts_say_so_in_a_tag(definitions: dg.Definitions) -> None:
+    repository = definitions.get_repository_def()
+    for schedule in repository.schedule_defs:
+        requests = schedule.evaluate_tick(
+            dg.build_schedule_context(scheduled_execution_time=dt.datetime(2026, 2, 16, 3, 30, tzinfo=dt.UTC))
+        ).run_requests
+        assert [r.tags["flywheel/trigger"] for r in requests or ()] == ["nightly"], schedule.name
+    human = [job for job in repository.get_all_jobs() if job.name.startswith("human_")]
+    assert human
+    for job in human:
+        assert job.run_tags["flywheel/act"] == job.name.removeprefix("human_")
+        assert job.run_tags["flywheel/trigger"] == "human_act"
 
 
 def test_loading_the_code_location_imports_nothing_heavy_and_opens_no_connection() -> None:

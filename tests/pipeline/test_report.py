@@ -17,6 +17,9 @@ from graph_runs import CopyDatabase, Environment, Flywheel, PlayedDay
 
 from flywheel_pipeline.aggregates.refresh import rebuild
 from flywheel_pipeline.errors import UsageError
+from flywheel_pipeline.health.trend import cusum_by_day, cusum_by_hour
+from flywheel_pipeline.promotion.acts import act
+from flywheel_pipeline.promotion.policy import load_policy
 from flywheel_pipeline.report.audit import FILES, MANIFEST, export, verify
 from flywheel_pipeline.report.build import write_report
 from flywheel_pipeline.report.snapshot import Period, snapshot
@@ -243,6 +246,74 @@ def test_the_report_of_a_rule_shows_its_history_its_causes_and_its_certificate(d
     assert "It holds: its hashes fit" in promoted.text
     assert "promoted" in {row["event"] for row in promoted.tables["Ledger"]}
     assert {row["verdict"] for row in promoted.tables["Decisions"]} >= {"promote"}
+
+
+def test_the_cusum_and_the_figures_of_a_rule_are_those_of_the_models(day: sa.Engine, tmp_path: Path) -> None:
+    policy = load_policy("legacy")
+    with day.connect() as connection:
+        scopes = [
+            dict(row)
+            for row in connection.execute(
+                sa.text("SELECT * FROM rule_cusum WHERE policy_hash = :policy"), {"policy": policy.policy_hash}
+            ).mappings()
+        ]
+        fleets = {row["rule_id"]: row for row in scopes if row["scope_kind"] == "fleet"}
+        assert len(fleets) >= 5
+        # The model's sums begin at a checkpoint where there is one: the same W now, its highest since then.
+        checkpoints = set(connection.execute(sa.text("SELECT DISTINCT rule_id FROM cusum_checkpoints")).scalars())
+        assert fleets.keys() - checkpoints
+        assert fleets.keys() & checkpoints
+        for rule_id, fleet in fleets.items():
+            points = cusum_by_day(connection, rule_id, policy.demotion.cusum)
+            assert sum(p.episodes for p in points) == fleet["episodes"]
+            assert sum(p.failures for p in points) == fleet["failures"]
+            assert points[-1].w == pytest.approx(fleet["w"])
+            highest = max(p.w_peak for p in points)
+            assert highest >= fleet["w_peak"] - 1e-9
+            hours = cusum_by_hour(connection, rule_id, policy.policy_hash)
+            assert all(hours[-1].w == pytest.approx(fleet["w"]) for _ in hours[:1])
+            if rule_id not in checkpoints:
+                assert highest == pytest.approx(fleet["w_peak"])
+                assert max(p.w_peak for p in hours) == pytest.approx(fleet["w_peak"])
+        card = (
+            connection.execute(sa.text("SELECT * FROM rule_scorecard WHERE rule_id = 'RB-AUTO-BITLOCKE'"))
+            .mappings()
+            .one()
+        )
+    write_report(day, tmp_path / "rule.html", rule="RB-AUTO-BITLOCKE")
+    read = Read((tmp_path / "rule.html").read_text("utf-8"))
+    fleet = fleets["RB-AUTO-BITLOCKE"]
+    assert fleet["w"] > policy.demotion.cusum.quarantine_at
+    assert (
+        f"W over the fleet stands at {fleet['w']:.2f} after {fleet['episodes']:,} rated episodes of version 1; it alarmed. "
+        "Under this policy a failing rule only warns." in read.text
+    )
+    shown = {(row["scope"], row["which"]): row for row in read.tables["By scope"]}
+    mine = {(row["scope_kind"], row["scope_value"]): row for row in scopes if row["rule_id"] == "RB-AUTO-BITLOCKE"}
+    assert shown.keys() == mine.keys()
+    for key, row in mine.items():
+        assert (int(shown[key]["episodes"]), int(shown[key]["failures"])) == (row["episodes"], row["failures"])
+        assert float(shown[key]["W now"]) == pytest.approx(row["w"], abs=0.01)
+    for tile, figure in (
+        ("success rate", card["success_rate"]),
+        ("where it could", card["rated_rate"]),
+        ("of episodes", card["episode_rate"]),
+    ):
+        assert read.tiles[tile][0] == f"{100 * figure:.1f} %"
+
+
+def test_a_rule_out_of_service_still_shows_the_cusum_that_it_left_with(played_copy: sa.Engine) -> None:
+    c = load_policy("legacy").demotion.cusum
+    with played_copy.connect() as connection:
+        before = cusum_by_day(connection, "RB-AUTO-BITLOCKE", c)
+    (done,) = act(played_copy, "quarantine", ["RB-AUTO-BITLOCKE"], actor="dana", reason="it fails")
+    assert done.done
+    with played_copy.connect() as connection:
+        left = connection.execute(
+            sa.text("SELECT count(*) FROM rule_cusum WHERE rule_id = 'RB-AUTO-BITLOCKE'")
+        ).scalar_one()
+        assert left == 0, "the model watches rules in service alone"
+        assert cusum_by_day(connection, "RB-AUTO-BITLOCKE", c) == before != []
 
 
 def test_a_certificate_that_was_touched_is_said_to_fail(played_copy: sa.Engine, tmp_path: Path) -> None:
@@ -476,7 +547,7 @@ def test_hostile_reports_run_nothing_ask_nothing_and_log_nothing_in_the_browser(
 ) -> None:
     from selenium.webdriver.common.by import By
 
-    for name, charts in (("report.html", 4), ("rule.html", 2)):
+    for name, charts in (("report.html", 4), ("rule.html", 3)):
         browser.get((hostile_pages / name).as_uri())
         assert "window.pwned=1" in browser.find_element(By.TAG_NAME, "body").text
         assert browser.execute_script("return typeof window.pwned") == "undefined"

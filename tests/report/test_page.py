@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.health.attribution import waterfall
+from flywheel_pipeline.health.trend import CusumPoint
 from flywheel_pipeline.promotion import evalue
+from flywheel_pipeline.promotion.bound import ALPHA, band
+from flywheel_pipeline.promotion.policy import Cusum
 from flywheel_pipeline.report import charts
-from flywheel_pipeline.report.bound import ALPHA, band
 from flywheel_pipeline.report.causes import attribution_blocks
 from flywheel_pipeline.report.page import Chart, Column, Heading, Page, Prose, Section, Table, Tile, percent, render
 from flywheel_pipeline.report.snapshot import Period
@@ -113,6 +115,11 @@ def test_charts_show_each_figure_they_are_given() -> None:
     day = dt.date(2026, 2, 14)
     empty = {"day": day, "executions": 0, "successes": 0, "so_far": None, "lower": 0.0, "upper": 1.0}
     assert "<svg" in charts.rate_over_time([empty]).svg
+    at = dt.datetime(2026, 2, 14, 12, tzinfo=dt.UTC)
+    drawn = charts.cusum([CusumPoint(at, 9, 7, 5.125, 6.5)], Cusum(), "RB-AUTO-X")
+    for words in ("warns at 3", "leaves service at 6"):
+        assert words in drawn.svg
+    assert "W 5.12 now, at its highest 6.50 on 2026-02-14" in drawn.alt
     assert "<svg" in charts.volume([{"day": day, "executions": 0, "successes": 0}]).svg
 
 

@@ -1,6 +1,6 @@
 """The band of a success rate that may be looked at after every episode: the same e-value that promotes and rejects.
 
-Belongs here: turning counts into a band. Does not belong here: deciding (`promotion/gates.py`).
+Belongs here: turning counts into a band. Does not belong here: deciding (`gates.py`).
 """
 
 from __future__ import annotations
