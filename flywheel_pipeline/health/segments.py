@@ -23,6 +23,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Profile = tuple[str, str, str | None, str | None, str | None]  # site, host, agent version, os, hardware
 
 #: What may be a condition, the most telling first: of two segments with the same rows the first is named.
 DIMENSIONS: tuple[str, ...] = ("agent_version", "hardware", "os", "site")
@@ -511,26 +512,41 @@ def from_rows(
     rows: Sequence[tuple[str, str, str | None, str | None, str | None, int, int, int]], bucket_days: Sequence[dt.date]
 ) -> Cells:
     """Build cells from (site, host, agent version, os, hardware, bucket, executions, failures), any order and grouping."""
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
-    site, host_name, agent_version, os, hardware, bucket, executions, failures = columns
+    profiles: dict[Profile, int] = {}
+    profile = np.fromiter((profiles.setdefault(row[:5], len(profiles)) for row in rows), np.int64, len(rows))
+    bucket, executions, failures = (np.fromiter((row[i] for row in rows), np.int64, len(rows)) for i in (5, 6, 7))
+    return from_profiles(list(profiles), profile, bucket, executions, failures, bucket_days)
+
+
+def from_profiles(
+    profiles: Sequence[Profile],
+    profile: Ints,
+    bucket: Ints,
+    executions: Ints,
+    failures: Ints,
+    bucket_days: Sequence[dt.date],
+) -> Cells:
+    """Build cells from the profiles of hosts and arrays with one entry a cell; `profile` is an index.
+
+    Each profile has cells. The order of the cells decides how hosts are numbered, and so what chance makes of them.
+    """
+    named = {"site": 0, "agent_version": 2, "os": 3, "hardware": 4}
     codes, labels = {}, {}
-    named = {"agent_version": agent_version, "hardware": hardware, "os": os, "site": site}
-    for name, values in named.items():
+    for name in DIMENSIONS:
+        values = [p[named[name]] for p in profiles]
         known = sorted({v for v in values if v is not None})
         index = {v: i for i, v in enumerate(known)}
-        codes[name] = np.fromiter((-1 if v is None else index[v] for v in values), np.int64, len(values))
+        codes[name] = np.array([-1 if v is None else index[v] for v in values], np.int64)[profile]
         labels[name] = known
     hosts: dict[tuple[str, str], int] = {}
-    host = np.fromiter(
-        (hosts.setdefault(pair, len(hosts)) for pair in zip(site, host_name, strict=True)), np.int64, len(rows)
-    )
+    host = np.array([hosts.setdefault(p[:2], len(hosts)) for p in profiles], np.int64)[profile]
     return Cells(
         codes=codes,
         labels=labels,
         host=host,
-        bucket=np.asarray(bucket, np.int64),
-        executions=np.asarray(executions, np.int64),
-        failures=np.asarray(failures, np.int64),
+        bucket=bucket,
+        executions=executions,
+        failures=failures,
         bucket_days=list(bucket_days),
     )
 
