@@ -384,7 +384,7 @@ def rebuild(
     """Recompute cells from the log: touch them, then refresh in chunks, each its own transaction.
 
     Safe to interrupt: what is not yet done stays in the outbox and the next refresh takes it. `progress` is called
-    with (cells done, cells in all).
+    with (cells done, cells in all). Where no cell table holds a row, their readers wait for the first chunk's commit.
     """
     graph = load_models()
     with engine.begin() as connection:
