@@ -35,14 +35,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tools/audit.py
+	$(BIN)/python .ci/audit.py
 
 faults: install
 	$(BIN)/python -m pytest -m "faults or long"
 	$(BIN)/python tests/faults/soak.py $(if $(QUICK),--quick)
 
 audit: install
-	$(BIN)/python tools/audit.py --known
+	$(BIN)/python .ci/audit.py --known
 
 docs: install
 	$(BIN)/python docs/rooms.py

@@ -51,7 +51,7 @@ def checkpoint(engine: sa.Engine) -> None:
 
 def measure(quick: bool) -> list[Line]:
     """Measure alternately and return two lines of the table."""
-    rows = 300_000 if quick else 1_000_000
+    rows = 200_000 if quick else 1_000_000
     graph = load_models()
     seconds: dict[str, list[float]] = {"bare": [], "empty": [], "again": []}
     shown: dict[str, dict[str, float]] = {}

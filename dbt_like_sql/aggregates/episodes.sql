@@ -42,7 +42,19 @@ consumers: [rule_daily_stats, pattern_daily_stats, pattern_evidence, rule_hosts,
 ---*/
 WITH marked AS (
   SELECT
-    e.*,
+    e.execution_id,
+    e.site_id,
+    e.hostname,
+    e.platform,
+    e.incident_type,
+    e.level,
+    e.rule_id,
+    e.runbook_id,
+    e.agent_version,
+    e.event_at,
+    e.day,
+    e.success,
+    e.outcome_class,
     max(e.event_at) FILTER (WHERE e.outcome_class <> 'synthetic') OVER (
       PARTITION BY e.site_id, e.hostname, e.incident_type
       ORDER BY e.event_at

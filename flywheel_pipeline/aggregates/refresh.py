@@ -20,16 +20,19 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 
 from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
-from flywheel_pipeline.health.demotion import drop_changed_checkpoints
-from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute, shared_views, view_query
+from flywheel_pipeline.health.demotion import drop_changed_checkpoints, drop_checkpoints_of_scope
+from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute, shared_views, take_empty, view_query
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models, telemetry_columns
 from flywheel_pipeline.sql_models.relations import execute
 from flywheel_pipeline.sql_models.sync import stale_models
 
 CHUNK_CELLS = 20_000
+# From so many site-days on, empty tables are filled before their indexes are made.
+BULK_CELLS = 1_000
 # One refresh at a time, so it may take memory: sorts and hashes of a thousand site-days stay off the disk. The planner
 # has no statistics on the views inside and would price their work so high that compiling it seems worth while.
-_SETTINGS = "SET LOCAL work_mem = '64MB'; SET LOCAL jit = off"
+# Statistics within a refresh need to tell ten rows from a million; the default of 100 made them a seventh of a rebuild.
+_SETTINGS = "SET LOCAL work_mem = '64MB'; SET LOCAL jit = off; SET LOCAL default_statistics_target = 20"
 # The log is read by index up to the point where that touches so much of it that one scan is cheaper. Measured: a
 # site-day costs about what 500 rows of a sequential scan do; a row takes about 300 bytes.
 _SCANNED_ROWS_PER_CELL = 500
@@ -188,14 +191,17 @@ def refresh(
     cells = _take(connection, graph, max_cells)
     views = _read_shared_views(connection, graph) if cells else {}
     newest = connection.exec_driver_sql(_ARRIVED).scalar() if cells and _VOLUME in graph.models else None
+    models = [model for model in graph if model.materialized == "cell"]
+    taken = cells >= BULK_CELLS and take_empty(connection, models, locked=("l1_rules", "cusum_checkpoints"))
     counts: dict[str, CellCounts] = {}
     seconds: dict[str, float] = {}
-    models = [model for model in graph if model.materialized == "cell"]
     # Whose written keys a roll-up will ask for: where whole roll-ups are added up, nobody asks.
     followed = {
         upstream.name for m in models for upstream in _cells_below(graph, m) if m.cell != "day" and not whole_rollups
     }
-    followed |= {"episodes"} & {m.name for m in models}  # checkpoints of health follow them
+    episodes = "episodes" in {m.name for m in models}
+    if episodes and not whole_rollups:
+        followed.add("episodes")  # checkpoints of health follow them
     for model in models:
         if progress is not None:
             progress(model.name)
@@ -211,10 +217,13 @@ def refresh(
                 telemetry="pg_temp.scope_telemetry",
                 views=views,
                 changed=f"changed_{model.name}" if model.name in followed else None,
+                taken=taken,
             )
         seconds[model.name] = time.monotonic() - begun
     if cells and "episodes" in followed:
         drop_changed_checkpoints(connection)
+    elif cells and episodes and counts["episodes"].written:
+        drop_checkpoints_of_scope(connection)
     changed = connection.exec_driver_sql(_COUNTERS).rowcount
     _drop_scope(connection, graph)
     remaining = 0
@@ -286,10 +295,13 @@ def _take(connection: sa.Connection, graph: ModelGraph, max_cells: int | None) -
 def _read_shared_views(connection: sa.Connection, graph: ModelGraph) -> dict[str, str]:
     """Compute what several models read once for all of them; give the temporary tables by the views' names."""
     tables = {view.name: f"scope_view_{view.name}" for view in shared_views(graph)}
+    # The planner takes every tenth row for an error signature of its own, and would sort the log to merge it with them.
+    connection.exec_driver_sql("SET LOCAL enable_mergejoin = off")
     for name, table in tables.items():
         query = view_query(graph, graph.models[name], "pg_temp.scope_telemetry")
         execute(connection, f"CREATE TEMP TABLE {table} ON COMMIT DROP AS\n{query}")
         connection.exec_driver_sql(f"ANALYZE {table}")
+    connection.exec_driver_sql("SET LOCAL enable_mergejoin TO DEFAULT")
     return {name: f"pg_temp.{table}" for name, table in tables.items()}
 
 
@@ -389,7 +401,7 @@ def rebuild(
     """Recompute cells from the log: touch them, then refresh in chunks, each its own transaction.
 
     Safe to interrupt: what is not yet done stays in the outbox and the next refresh takes it. `progress` is called
-    with (cells done, cells in all).
+    with (cells done, cells in all). Where no cell table holds a row, their readers wait for the first chunk's commit.
     """
     graph = load_models()
     with engine.begin() as connection:

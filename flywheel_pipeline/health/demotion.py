@@ -98,6 +98,20 @@ def drop_changed_checkpoints(connection: sa.Connection) -> int:
     ).rowcount
 
 
+def drop_checkpoints_of_scope(connection: sa.Connection) -> int:
+    """Within a rebuild that wrote episodes: delete every checkpoint behind the first day in scope; return how many rows.
+
+    A rebuild does not note which of a million episodes it wrote: noting them took 4 % of its time. What is deleted too
+    much costs the next run a reading of these rules' episodes since they entered service.
+    """
+    return connection.execute(
+        sa.text(
+            "DELETE FROM cusum_checkpoints "
+            "WHERE until > (SELECT min(day) FROM pg_temp.scope_days)::timestamp AT TIME ZONE 'UTC'"
+        )
+    ).rowcount
+
+
 def advance_checkpoints(connection: sa.Connection, policy: Policy, now: dt.datetime) -> int:
     """Move the checkpoints up to midnight some days ago, for rules without an alarm; return how many rules moved.
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Profile = tuple[str, str, str | None, str | None, str | None]  # site, host, agent version, os, hardware
 
 #: What may be a condition, the most telling first: of two segments with the same rows the first is named.
 DIMENSIONS: tuple[str, ...] = ("agent_version", "hardware", "os", "site")
@@ -33,6 +34,7 @@ MAX_CAUSES = 6
 MAX_BUCKETS = 60  # of time; up to two months a bucket is a day
 ALPHA = 0.01  # of naming any segment in a fleet without a cause; measured: benchmarks/bench_attribution.py
 KEEPS = 0.8  # of the excess: what a more precise segment must keep to be named instead of a wider one
+_PACKED = float(1 << 26)  # executions x this + failures is exact in a float up to 67 million executions
 PREFERS_SIMPLE = 0.93  # of the likelihood gain: one condition is named before two
 
 
@@ -345,18 +347,23 @@ def _best(
     def by_segment(table: _Table) -> Floats:
         return np.concatenate([fam.count(table)[ok] for fam, ok in zip(families, eligible, strict=True)])
 
-    def excess(executions: _Table, failures: _Table) -> Floats:
-        inside, failed = by_segment(executions), by_segment(failures)
+    def excess(inside: Floats, failed: Floats) -> Floats:
         return failed - inside * (f_all - failed) / np.maximum(n_all - inside, 1.0)
 
-    failures = profiles.table(profiles.place, f)
-    observed = excess(executions, failures)
+    failures_in = by_segment(profiles.table(profiles.place, f))
+    observed = excess(size, failures_in)
     if not (observed >= MIN_SHARE * total_failures).any():
         return None
     rounds = resamples or (199 if len(n) <= 20_000 else 99)
     null = np.empty((rounds, len(size)))
-    for i, history in enumerate(_resampled(cells, profiles, rng, rounds)):
-        null[i] = excess(*history)
+    # Both counts in one number: each resample is summed up once.
+    weights = [n * _PACKED + f] if n_all < _PACKED else [n, f]
+    for i, tables in enumerate(_resampled(cells, profiles, rng, rounds, weights)):
+        summed = [by_segment(table) for table in tables]
+        if len(summed) == 1:
+            inside = np.floor(summed[0] / _PACKED)
+            summed = [inside, summed[0] - inside * _PACKED]
+        null[i] = excess(*summed)
     overall = f_all / n_all
     binomial = np.sqrt(size * max(overall * (1 - overall), 1e-9) * n_all / (n_all - size))
     scale = np.maximum(null.std(axis=0), binomial)
@@ -369,7 +376,6 @@ def _best(
     # Of the segments that keep most of the excess, the most precise one.
     keeps = named & (observed >= KEEPS * observed[named].max())
     families_of, groups_of = np.concatenate(family_of), np.concatenate(group_of)
-    failures_in = by_segment(failures)
     gain = _likelihood_gain(size, failures_in, n_all, f_all)
     conditions_in = np.array([len(family.dimensions) for family in families])[families_of]
     score = np.where(keeps, gain * np.where(conditions_in == 1, 1.0, PREFERS_SIMPLE), -np.inf)
@@ -397,28 +403,30 @@ def _likelihood_gain(n: Floats, f: Floats, n_all: float, f_all: float) -> Floats
 
 
 def _resampled(
-    cells: Cells, profiles: _Profiles, rng: np.random.Generator, rounds: int
-) -> Iterator[tuple[_Table, _Table]]:
-    """(executions, failures) under the null: each host's history, rotated, falls to another of about its volume."""
+    cells: Cells, profiles: _Profiles, rng: np.random.Generator, rounds: int, weights: Sequence[Floats]
+) -> Iterator[list[_Table]]:
+    """Tables of these weights under the null: each host's history, rotated, falls to another of about its volume."""
     order = np.lexsort((cells.bucket, cells.host))
     host = cells.host[order]
-    starts = np.flatnonzero(np.r_[True, host[1:] != host[:-1]])
-    lengths = np.diff(np.r_[starts, len(host)])
-    ordinal = np.arange(len(host)) - np.repeat(starts, lengths)
-    n = cells.executions[order].astype(np.float64)
-    f = cells.failures[order].astype(np.float64)
+    starts = np.flatnonzero(np.r_[True, host[1:] != host[:-1]]).astype(np.int32)
+    lengths = np.diff(np.r_[starts, len(host)]).astype(np.int32)
+    ordinal = np.arange(len(host), dtype=np.int32) - np.repeat(starts, lengths)
+    executions = cells.executions[order].astype(np.float64)
+    weights = [weight[order] for weight in weights]
     place_of = profiles.place[order]
-    ranks = np.argsort(np.argsort(np.add.reduceat(n, starts), kind="stable"), kind="stable")
+    ranks = np.argsort(np.argsort(np.add.reduceat(executions, starts), kind="stable"), kind="stable")
     strata = ranks * min(4, max(1, len(starts) // 20)) // len(starts)
     by_stratum = [np.flatnonzero(strata == s) for s in np.unique(strata)]
     for _ in range(rounds):
         heir = np.empty(len(starts), dtype=np.int64)
         for members in by_stratum:
             heir[members] = rng.permutation(members)
-        shift = np.repeat(rng.integers(0, 1 << 30, len(starts)), lengths)
-        at = np.repeat(starts[heir], lengths) + (ordinal + shift) % np.repeat(lengths[heir], lengths)
+        shift = (rng.integers(0, 1 << 30, len(starts)) % lengths[heir]).astype(np.int32)
+        at = np.repeat(starts[heir], lengths) + (ordinal + np.repeat(shift, lengths)) % np.repeat(
+            lengths[heir], lengths
+        )
         place = place_of[at]
-        yield profiles.table(place, n), profiles.table(place, f)
+        yield [profiles.table(place, weight) for weight in weights]
 
 
 def _also(cells: Cells, conditions: tuple[Condition, ...]) -> tuple[str, ...]:
@@ -511,26 +519,41 @@ def from_rows(
     rows: Sequence[tuple[str, str, str | None, str | None, str | None, int, int, int]], bucket_days: Sequence[dt.date]
 ) -> Cells:
     """Build cells from (site, host, agent version, os, hardware, bucket, executions, failures), any order and grouping."""
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
-    site, host_name, agent_version, os, hardware, bucket, executions, failures = columns
+    profiles: dict[Profile, int] = {}
+    profile = np.fromiter((profiles.setdefault(row[:5], len(profiles)) for row in rows), np.int64, len(rows))
+    bucket, executions, failures = (np.fromiter((row[i] for row in rows), np.int64, len(rows)) for i in (5, 6, 7))
+    return from_profiles(list(profiles), profile, bucket, executions, failures, bucket_days)
+
+
+def from_profiles(
+    profiles: Sequence[Profile],
+    profile: Ints,
+    bucket: Ints,
+    executions: Ints,
+    failures: Ints,
+    bucket_days: Sequence[dt.date],
+) -> Cells:
+    """Build cells from the profiles of hosts and arrays with one entry a cell; `profile` is an index.
+
+    Each profile has cells. The order of the cells decides how hosts are numbered, and so what chance makes of them.
+    """
+    named = {"site": 0, "agent_version": 2, "os": 3, "hardware": 4}
     codes, labels = {}, {}
-    named = {"agent_version": agent_version, "hardware": hardware, "os": os, "site": site}
-    for name, values in named.items():
+    for name in DIMENSIONS:
+        values = [p[named[name]] for p in profiles]
         known = sorted({v for v in values if v is not None})
         index = {v: i for i, v in enumerate(known)}
-        codes[name] = np.fromiter((-1 if v is None else index[v] for v in values), np.int64, len(values))
+        codes[name] = np.array([-1 if v is None else index[v] for v in values], np.int64)[profile]
         labels[name] = known
     hosts: dict[tuple[str, str], int] = {}
-    host = np.fromiter(
-        (hosts.setdefault(pair, len(hosts)) for pair in zip(site, host_name, strict=True)), np.int64, len(rows)
-    )
+    host = np.array([hosts.setdefault(p[:2], len(hosts)) for p in profiles], np.int64)[profile]
     return Cells(
         codes=codes,
         labels=labels,
         host=host,
-        bucket=np.asarray(bucket, np.int64),
-        executions=np.asarray(executions, np.int64),
-        failures=np.asarray(failures, np.int64),
+        bucket=bucket,
+        executions=executions,
+        failures=failures,
         bucket_days=list(bucket_days),
     )
 

@@ -31,7 +31,8 @@ from flywheel_pipeline.health.templates import CauseFamily, cause_families
 
 if TYPE_CHECKING:
     from flywheel_pipeline.health.condition import Suggestion
-    from flywheel_pipeline.health.segments import Segment
+    from flywheel_pipeline.health.rule_cells import RuleCells
+    from flywheel_pipeline.health.segments import Cells, Segment
 
 TEMPLATES_SHOWN = 20
 
@@ -100,31 +101,23 @@ def why(connection: sa.Connection, rule_id: str) -> Attribution:
 def attribute(connection: sa.Connection, rule_ids: Sequence[str]) -> dict[str, Attribution]:
     """Attribute the failures of each of these rules; those without executions are missing.
 
-    Telemetry is read twice, however many rules: once into their cells (a temporary table that goes with the
-    transaction), once for the messages. Nothing else is written.
+    Telemetry is read twice, however many rules: once into their cells, once for the messages. Nothing is written.
     """
     if not rule_ids:
         return {}
+    from flywheel_pipeline.health import rule_cells  # numpy: not for runs in which nothing fails
+
     ids = list(rule_ids)
     _plan_for_many_rows(connection, True)
-    connection.exec_driver_sql("DROP TABLE IF EXISTS pg_temp.attribution_cells")
-    connection.execute(
-        sa.text(
-            "CREATE TEMPORARY TABLE attribution_cells ON COMMIT DROP AS "
-            "SELECT * FROM rule_failure_cells WHERE rule_id = ANY(:ids)"
-        ),
-        {"ids": ids},
-    )
+    cells = rule_cells.read(connection, ids)
     errors = failures_of(connection, ids)
     _plan_for_many_rows(connection, False)
     events = _policy_events(connection)
-    found = {}
-    for rule_id in ids:
-        answer = _attribute(connection, rule_id, errors.get(rule_id, []), events)
-        if answer is not None:
-            found[rule_id] = answer
-    connection.exec_driver_sql("DROP TABLE pg_temp.attribution_cells")
-    return found
+    return {
+        rule_id: _attribute(connection, rule_id, cells[rule_id], errors.get(rule_id, []), events)
+        for rule_id in ids
+        if rule_id in cells
+    }
 
 
 def _plan_for_many_rows(connection: sa.Connection, on: bool) -> None:
@@ -138,71 +131,37 @@ def _plan_for_many_rows(connection: sa.Connection, on: bool) -> None:
 
 
 def _attribute(
-    connection: sa.Connection, rule_id: str, errors: Sequence[ErrorTemplate], policy_events: Sequence[cp.Event]
-) -> Attribution | None:
-    from flywheel_pipeline.health import condition, segments  # numpy: not for runs in which nothing fails
+    connection: sa.Connection,
+    rule_id: str,
+    of_rule: RuleCells,
+    errors: Sequence[ErrorTemplate],
+    policy_events: Sequence[cp.Event],
+) -> Attribution:
+    from flywheel_pipeline.health import condition, segments
 
-    def ask(query: str, **values: Any) -> Sequence[Any]:
-        return connection.execute(sa.text(query), {"id": rule_id, **values}).all()
-
-    days = [
-        DayRate(*row)
-        for row in ask(
-            "SELECT day, sum(executions)::bigint, sum(successes)::bigint FROM attribution_cells WHERE rule_id = :id "
-            "GROUP BY day ORDER BY day"
-        )
-    ]
-    if not days:
-        return None
+    days = [DayRate(*row) for row in of_rule.days()]
     first, last = days[0].day, days[-1].day
-    classes = {
-        row[0]: (row[1], row[2])
-        for row in ask(
-            "SELECT outcome_class, sum(executions)::bigint, sum(successes)::bigint FROM attribution_cells "
-            "WHERE rule_id = :id GROUP BY outcome_class"
-        )
-    }
-    steps = waterfall(classes)
+    steps = waterfall(of_rule.classes())
     width, starts = segments.buckets(first, last)
-    cells = segments.from_rows(
-        [
-            (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
-            for row in ask(
-                "SELECT site_id, hostname, agent_version, os, hardware, (day - :first) / :width, "
-                "sum(executions)::bigint, sum(executions - successes)::bigint FROM attribution_cells "
-                "WHERE rule_id = :id GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6",
-                first=first,
-                width=width,
-            )
-        ],
-        starts,
-    )
-    host_rows = ask(
-        "SELECT site_id, hostname, sum(executions)::bigint, sum(executions - successes)::bigint FROM attribution_cells "
-        "WHERE rule_id = :id GROUP BY 1, 2"
-    )
+    cells = of_rule.searched(width, starts)
+    host_rows = of_rule.hosts()
     hosts = known_hosts(row[1] for row in host_rows)
     causes = segments.find_causes(cells)
     suggestion, no_suggestion = condition.suggest(cells)
     change = cp.find_change([(d.day, d.executions, d.executions - d.successes) for d in days])
     if change is not None:
         upgrades = cp.agent_upgrades(
-            (row[0], public_value("agent_version", row[1], hosts), row[2])
-            for row in ask(
-                "SELECT site_id, agent_version, min(day) FROM attribution_cells "
-                "WHERE rule_id = :id AND agent_version IS NOT NULL GROUP BY 1, 2"
-            )
+            (site, public_value("agent_version", version, hosts), day) for site, version, day in of_rule.first_seen()
         )
-        of_rule = _ledger_events(connection, rule_id)
-        change = replace(change, events=cp.join_events(change, [*upgrades, *policy_events, *of_rule]))
-    returned = ask(
-        "SELECT site_id, hostname, sum(successes)::bigint, sum(refired)::bigint FROM episodes "
-        "WHERE level = 'L1' AND rule_id = :id AND successes > 0 GROUP BY 1, 2"
-    )
-    failed_steps = ask(
-        "SELECT error_step, sum(executions - successes)::bigint FROM attribution_cells "
-        "WHERE rule_id = :id AND executions > successes GROUP BY error_step"
-    )
+        ledger = _ledger_events(connection, rule_id)
+        change = replace(change, events=cp.join_events(change, [*upgrades, *policy_events, *ledger]))
+    returned = connection.execute(
+        sa.text(
+            "SELECT site_id, hostname, sum(successes)::bigint, sum(refired)::bigint FROM episodes "
+            "WHERE level = 'L1' AND rule_id = :id AND successes > 0 GROUP BY 1, 2"
+        ),
+        {"id": rule_id},
+    ).all()
     executions, successes = steps[0].executions, steps[0].successes
     return Attribution(
         rule_id=rule_id,
@@ -217,11 +176,11 @@ def _attribute(
         families=tuple(cause_families(errors, successes, executions)),
         templates=tuple(errors[:TEMPLATES_SHOWN]),
         segments=tuple(_public(segment, hosts) for segment in causes),
-        segment_steps=tuple(_top_step(ask, causes[: i + 1], width) for i in range(len(causes))),
+        segment_steps=_top_steps(of_rule, of_rule.unsummed(width, starts), causes) if causes else (),
         change=change,
-        concentration=concentration((r[0], r[1], r[2], r[3]) for r in host_rows),
+        concentration=concentration(host_rows),
         flapping=flapping((r[0], r[1], r[2], r[3]) for r in returned),
-        error_steps=tuple(step_shares((r[0], r[1]) for r in failed_steps)),
+        error_steps=tuple(step_shares(of_rule.steps())),
         suggestion=None
         if suggestion is None
         else replace(suggestion, exclude=tuple(_public_conditions(c, hosts) for c in suggestion.exclude)),
@@ -242,38 +201,18 @@ def _public_conditions(conditions: Sequence[Any], hosts: Any) -> tuple[Any, ...]
     return tuple(replace(c, value=public_value(c.dimension, c.value, hosts)) for c in conditions)
 
 
-_COLUMN = {"site": "site_id", "agent_version": "agent_version", "os": "os", "hardware": "hardware"}
+def _top_steps(of_rule: RuleCells, cells: Cells, causes: Sequence[Segment]) -> tuple[StepShare | None, ...]:
+    """The error step most frequent in each segment, outside those before it; None where no agent said."""
+    from flywheel_pipeline.health import segments
 
-
-def _top_step(ask: Any, causes: Sequence[Segment], width: int) -> StepShare | None:
-    """The error step most frequent in the last of these segments, outside those before it; None where no agent said."""
-    values: dict[str, Any] = {}
-
-    def name(value: object) -> str:
-        values[f"v{len(values)}"] = value
-        return f":v{len(values) - 1}"
-
-    def holds(segment: Segment) -> str:
-        parts = []
-        for c in segment.conditions:
-            if c.dimension in _COLUMN:
-                parts.append(f"{_COLUMN[c.dimension]} = {name(c.value)}")
-                continue
-            begin = dt.date.fromisoformat(c.value)
-            if c.dimension != "until":
-                parts.append(f"day >= {name(begin)}")
-            if c.dimension != "since":
-                parts.append(f"day < {name(begin + dt.timedelta(days=width))}")
-        return " AND ".join(parts)
-
-    where = [holds(causes[-1]), *(f"({holds(segment)}) IS NOT TRUE" for segment in causes[:-1])]
-    rows = ask(
-        "SELECT error_step, sum(executions - successes)::bigint FROM attribution_cells "  # noqa: S608 (columns of ours)
-        f"WHERE rule_id = :id AND executions > successes AND {' AND '.join(where)} GROUP BY error_step",
-        **values,
-    )
-    shares = step_shares((row[0], row[1]) for row in rows)
-    return next((share for share in shares if share.step is not None), None)
+    found: list[StepShare | None] = []
+    rest = of_rule.failures > 0
+    for segment in causes:
+        rows = segments.matches(cells, segment.conditions)
+        shares = step_shares(of_rule.steps(rows & rest))
+        found.append(next((share for share in shares if share.step is not None), None))
+        rest &= ~rows
+    return tuple(found)
 
 
 def _policy_events(connection: sa.Connection) -> list[cp.Event]:

@@ -11,14 +11,14 @@ and `scope_sites(site_id text)`, the cells to set. Put them there, and ANALYZE t
 # ruff: noqa: S608 (identifiers come from checked model headers; there are no values in this SQL)
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from flywheel_pipeline.sql_models.loader import TELEMETRY, ModelGraph, SqlModel, telemetry_columns
-from flywheel_pipeline.sql_models.relations import execute, quote
+from flywheel_pipeline.sql_models.loader import TELEMETRY, ModelGraph, SqlModel, columns_read, telemetry_columns
+from flywheel_pipeline.sql_models.relations import drop_indexes, execute, quote, restore_indexes
 
 SCHEMA = "public"  # named, since a CTE of the same name stands in front
 
@@ -30,6 +30,10 @@ ANALYZE_FROM_ROWS = 10_000
 # A table is read by index up to the point where that touches so much of it that one scan is cheaper.
 SCANNED_ROWS_PER_LOOK = 100
 ROW_BYTES = 200
+
+# lock_not_available, insufficient_privilege (another role owns the table), dependent_objects_still_exist and
+# undefined_object (somebody made a foreign key to the table, or named its key anew).
+_NOT_TO_BE_TAKEN = frozenset({"55P03", "42501", "2BP01", "42704"})
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,23 @@ def shared_views(graph: ModelGraph) -> list[SqlModel]:
 def view_query(graph: ModelGraph, view: SqlModel, telemetry: str) -> str:
     """Give the SELECT of a view of `shared_views` over a table that holds the rows of `scope_input`.
 
-    The view's own text stands in it word for word, as in `cell_query`.
+    The view's own text stands in it word for word, as in `cell_query`; only what the cell models read of it is computed.
     """
     bodies = [*graph.inlined_path(view), view]
     ctes = [_telemetry_rows(bodies, telemetry), *(f"{body.name} AS (\n{body.sql}\n)" for body in bodies)]
-    return "WITH " + ",\n".join(ctes) + f"\nSELECT * FROM {view.name}"
+    columns = ", ".join(quote(column) for column in view_columns(graph, view))
+    return "WITH " + ",\n".join(ctes) + f"\nSELECT {columns} FROM {view.name}"
+
+
+def view_columns(graph: ModelGraph, view: SqlModel) -> list[str]:
+    """The columns of a view that cell models read, and what stands between them and it."""
+    readers = {
+        reader.name: reader
+        for model in graph
+        if model.materialized == "cell"
+        for reader in (*graph.inlined_path(model), model)
+    }
+    return columns_read(readers.values(), view.name, view.columns)
 
 
 def cell_query(
@@ -169,6 +185,40 @@ def _upstream_rows(upstream: SqlModel, scope: Scope) -> str:
     return f"SELECT u.* FROM {SCHEMA}.{upstream.name} AS u\nWHERE {_in_scope('u', Scope(scope.table, shared))}"
 
 
+def take_empty(connection: sa.Connection, models: Sequence[SqlModel], *, locked: Sequence[str] = ()) -> bool:
+    """Take these tables for oneself, to the end of the transaction, and drop their keys and indexes, if all are empty.
+
+    For many rows: a row that goes into each index by itself costs three times what it costs to build the indexes when
+    all rows are there (263,000 episodes: 1.9 s against 0.6 s). Readers of these tables, which have nothing to read, wait
+    for the commit. Nobody is waited for, so that nothing can deadlock: where somebody reads one of the tables, or has
+    written to one of `locked`, or an index may not be dropped, nothing is taken and all rows go in one by one.
+
+    Args:
+        connection: an open transaction that holds the refresh lock; each model is passed to `recompute` in it.
+        models: cell models.
+        locked: further tables that the transaction will write to, which nobody else then writes to.
+
+    Returns:
+        Whether they were taken.
+    """
+    tables = {model.name: f"{SCHEMA}.{model.name}" for model in models}
+    filled = " OR ".join(f"EXISTS (SELECT 1 FROM {table})" for table in tables.values())
+    if not tables or execute(connection, f"SELECT {filled}").scalar_one():
+        return False
+    try:
+        with connection.begin_nested():
+            for names, mode in ((list(locked), "EXCLUSIVE"), (list(tables.values()), "ACCESS EXCLUSIVE")):
+                if names:
+                    execute(connection, f"LOCK TABLE {', '.join(names)} IN {mode} MODE NOWAIT")
+            for model in models:
+                drop_indexes(connection, model)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) not in _NOT_TO_BE_TAKEN:
+            raise
+        return False
+    return True
+
+
 def recompute(
     connection: sa.Connection,
     graph: ModelGraph,
@@ -179,6 +229,7 @@ def recompute(
     telemetry: str | None = None,
     views: Mapping[str, str] | None = None,
     changed: str | None = None,
+    taken: bool = False,
 ) -> CellCounts:
     """Set a cell model's rows for the cells in scope, and write only what differs.
 
@@ -200,6 +251,7 @@ def recompute(
         telemetry: see `cell_query`.
         views: see `cell_query`.
         changed: a temporary table to create and fill with the key of every row that was written.
+        taken: by `take_empty`: the table gets its key and indexes again after the rows.
 
     Returns:
         Rows inserted, updated, deleted, and found as they should be, of the cells in scope.
@@ -221,7 +273,9 @@ def recompute(
             if everything:
                 ordered = query
             inserted = _write(connection, model, f"INSERT INTO {table} AS t ({names})\n{ordered}", changed)
-            _renew_statistics(connection, table, inserted)
+            if taken:
+                restore_indexes(connection, model)
+            _renew_statistics(connection, model, inserted)
             return CellCounts(inserted, 0, 0, 0)
         return _write_differences(connection, model, query, None if everything else scope or scope_of(model), changed)
     except IntegrityError as error:
@@ -309,7 +363,7 @@ def _write_differences(
             hint="The SELECT must give one row per key, with no null in it.",
         )
     execute(connection, f"DROP TABLE {result}, {differing}")
-    _renew_statistics(connection, table, inserted + updated + deleted)
+    _renew_statistics(connection, model, inserted + updated + deleted)
     return CellCounts(inserted=inserted, updated=updated, deleted=deleted, unchanged=kept - updated)
 
 
@@ -336,9 +390,11 @@ def _standing_rows(connection: sa.Connection, model: SqlModel, scope: Scope | No
     )
 
 
-def _renew_statistics(connection: sa.Connection, table: str, written: int) -> None:
+def _renew_statistics(connection: sa.Connection, model: SqlModel, written: int) -> None:
+    """Of what is joined, grouped and looked up; of the figures autovacuum makes them after the commit."""
     if written >= ANALYZE_FROM_ROWS:
-        execute(connection, f"ANALYZE {table}")
+        columns = dict.fromkeys(column for columns in (model.key, *model.indexes) for column in columns)
+        execute(connection, f"ANALYZE {SCHEMA}.{model.name} ({', '.join(quote(column) for column in columns)})")
 
 
 def _in_scope(alias: str, scope: Scope) -> str:

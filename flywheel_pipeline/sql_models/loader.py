@@ -14,7 +14,7 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -227,20 +227,26 @@ def _load(root: Traversable) -> ModelGraph:
     return graph
 
 
-def telemetry_columns(models: list[SqlModel]) -> list[str]:
-    """Columns of execution_telemetry that these models may read, in the table's order: a safe superset.
+def telemetry_columns(models: Iterable[SqlModel]) -> list[str]:
+    """Columns of execution_telemetry that these models may read, in the table's order: a safe superset."""
+    return columns_read(models, TELEMETRY, _declared_tables()[TELEMETRY])
 
-    All of them where a model takes a star or the whole row of the table.
+
+def columns_read(models: Iterable[SqlModel], relation: str, columns: Iterable[str]) -> list[str]:
+    """Those `columns` of a relation that these models may read, in the given order: a safe superset.
+
+    All of them where a model takes a star or the whole row of the relation.
     """
-    columns = list(_declared_tables()[TELEMETRY])
+    columns = list(columns)
     used: set[str] = set()
     for model in models:
-        if TELEMETRY not in model.dependencies:
+        if relation not in model.dependencies:
             continue
         used |= {column.name for column in model.expression.find_all(exp.Column)}
+        used |= {column.name for join in model.expression.find_all(exp.Join) for column in join.args.get("using") or ()}
         for scope in traverse_scope(model.expression):
             for alias, source in scope.sources.items():
-                if not isinstance(source, exp.Table) or source.name != TELEMETRY:
+                if not isinstance(source, exp.Table) or source.name != relation:
                     continue
                 stars = any(
                     star.parent is scope.expression

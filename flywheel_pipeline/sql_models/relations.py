@@ -223,9 +223,29 @@ def create_empty_table(connection: sa.Connection, model: SqlModel, name: str | N
 def create_indexes(connection: sa.Connection, model: SqlModel) -> None:
     """Create those indexes of the header that the model's table does not have yet."""
     for columns in model.indexes:
-        name = quote(f"{model.name}_{'_'.join(columns)}_idx"[:63])
+        name = quote(_index_name(model, columns))
         listed = ", ".join(quote(column) for column in columns)
         execute(connection, f"CREATE INDEX IF NOT EXISTS {name} ON {quote(model.name)} ({listed})")
+
+
+def _index_name(model: SqlModel, columns: Sequence[str]) -> str:
+    return f"{model.name}_{'_'.join(columns)}_idx"[:63]
+
+
+def drop_indexes(connection: sa.Connection, model: SqlModel) -> None:
+    """Drop the key and the indexes of the model's table, so that it can be filled at once; `restore_indexes` follows."""
+    for columns in model.indexes:
+        execute(connection, f"DROP INDEX IF EXISTS {quote(_index_name(model, columns))}")
+    execute(connection, f"ALTER TABLE {quote(model.name)} DROP CONSTRAINT {quote(f'{model.name}_pkey')}")
+
+
+def restore_indexes(connection: sa.Connection, model: SqlModel) -> None:
+    """Create again what `drop_indexes` dropped; two rows of one key break the key here."""
+    key = ", ".join(quote(column) for column in primary_key(model))
+    execute(
+        connection, f"ALTER TABLE {quote(model.name)} ADD CONSTRAINT {quote(f'{model.name}_pkey')} PRIMARY KEY ({key})"
+    )
+    create_indexes(connection, model)
 
 
 def drop(connection: sa.Connection, relation: Relation) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from model_folder import ModelFolder, telemetry_row
 
 from flywheel_pipeline.errors import ModelError
-from flywheel_pipeline.sql_models.cells import CellCounts, cell_query, recompute
+from flywheel_pipeline.sql_models.cells import (
+    CellCounts,
+    cell_query,
+    recompute,
+    shared_views,
+    take_empty,
+    view_columns,
+    view_query,
+)
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models
 from flywheel_pipeline.sql_models.relations import execute
 from flywheel_pipeline.sql_models.sync import sync_models
@@ -241,14 +249,14 @@ def test_a_model_whose_key_is_all_its_columns_is_recomputed(bare_engine: sa.Engi
 # ------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("filled", [False, True], ids=["empty table", "filled table"])
+@pytest.mark.parametrize("standing", ["empty table", "filled table", "table taken"])
 @pytest.mark.parametrize(
     "select",
     ["site_id::text AS site_id, 1::bigint AS n", "NULL::text AS site_id, count(*) OVER () AS n"],
     ids=["two rows of one key", "null in the key"],
 )
 def test_rows_that_do_not_fit_the_key_are_refused(
-    select: str, filled: bool, bare_engine: sa.Engine, folder: ModelFolder
+    select: str, standing: str, bare_engine: sa.Engine, folder: ModelFolder
 ) -> None:
     folder.write(
         "daily",
@@ -263,15 +271,18 @@ def test_rows_that_do_not_fit_the_key_are_refused(
         sync_models(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         telemetry_row(connection, "e2", "a", "2026-02-01 11:00")
-        if filled:
+        if standing == "filled table":
             execute(connection, "INSERT INTO daily (site_id, day, n) VALUES ('a', '2026-02-01', 1)")
-    with (
-        bare_engine.connect() as connection,
-        pytest.raises(ModelError, match=r"do not fit the key \(site_id, day\)"),
-    ):
-        recompute(connection, graph, graph.models["daily"], everything=True)
     with bare_engine.connect() as connection:
-        assert len(sorted_rows(connection, "SELECT * FROM daily")) == int(filled)
+        taken = standing == "table taken" and take_empty(connection, [graph.models["daily"]])
+        assert taken == (standing == "table taken")
+        with pytest.raises(ModelError, match=r"do not fit the key \(site_id, day\)"):
+            recompute(connection, graph, graph.models["daily"], everything=True, taken=taken)
+    with bare_engine.connect() as connection:
+        assert len(sorted_rows(connection, "SELECT * FROM daily")) == int(standing == "filled table")
+        assert sorted_rows(connection, "SELECT indexname FROM pg_indexes WHERE tablename = 'daily'") == [
+            ("daily_pkey",)
+        ]
 
 
 def test_only_cell_models_are_recomputed(bare_engine: sa.Engine, small: ModelFolder) -> None:
@@ -304,6 +315,37 @@ def test_telemetry_columns_that_nobody_reads_are_not_fetched(small: ModelFolder)
         )
         graph = small.load()
         assert '"executed_steps"' in cell_query(graph, graph.models[name])
+
+
+def test_columns_of_a_shared_view_that_no_cell_model_reads_are_not_computed(small: ModelFolder) -> None:
+    small.write(
+        "volume",
+        "SELECT e.site_id, e.day, count(e.hostname) AS n FROM events AS e GROUP BY e.site_id, e.day",
+        {"site_id": "text", "day": "date", "n": "bigint"},
+        key=["site_id", "day"],
+        materialized="cell",
+        cell="day",
+    )
+    graph = small.load()
+    assert [view.name for view in shared_views(graph)] == ["events"]
+    assert view_columns(graph, graph.models["events"]) == list(graph.models["events"].columns), "daily takes a star"
+    daily = small.root / "aggregates" / "daily.sql"
+    daily.write_text(daily.read_text().replace("SELECT e.*,", "SELECT e.site_id, e.hostname, e.day, e.success,"))
+    graph = small.load()
+    assert view_columns(graph, graph.models["events"]) == [
+        "execution_id",
+        "site_id",
+        "hostname",
+        "day",
+        "event_at",
+        "success",
+    ]
+    daily.write_text(daily.read_text().replace(", e.execution_id)", ")"))
+    graph = small.load()
+    assert view_columns(graph, graph.models["events"]) == ["site_id", "hostname", "day", "event_at", "success"]
+    assert view_query(graph, graph.models["events"], "t").endswith(
+        'SELECT "site_id", "hostname", "day", "event_at", "success" FROM events'
+    )
 
 
 # ------------------------------------------------------------------------------- the part equals the whole

@@ -11,9 +11,9 @@ Online: pip-audit asks for the known vulnerabilities of every locked version. It
 know, so an answer for nothing reads like "no known vulnerabilities": here each version without an answer counts as not
 asked. A service that cannot be reached is said in capital letters, and fails only `--known`, which asks for that answer.
 
-    python tools/audit.py             # as `make lint` does: asks at most once a day for one lock file
-    python tools/audit.py --offline   # never asks
-    python tools/audit.py --known     # as `make audit` does: asks now, and fails without an answer
+    python .ci/audit.py             # as `make lint` does: asks at most once a day for one lock file
+    python .ci/audit.py --offline   # never asks
+    python .ci/audit.py --known     # as `make audit` does: asks now, and fails without an answer
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def licence_problems(installed: Iterable[Distribution]) -> Iterator[str]:
             if not alternatives & LICENCES:
                 said = " or ".join(sorted(alternatives)) or "no licence"
                 yield (
-                    f"{canonicalize_name(distribution.name)} is under {said!r}: read it, and add its id to tools/audit.py"
+                    f"{canonicalize_name(distribution.name)} is under {said!r}: read it, and add its id to .ci/audit.py"
                 )
 
 
