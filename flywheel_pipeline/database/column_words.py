@@ -143,12 +143,6 @@ _BY_TABLE: Final[Mapping[str, Mapping[str, str]]] = {
         "state_at": "since when",
         "last_event_id": "the event of the ledger that this row folds last",
     },
-    "rule_manifests": {
-        "manifest_hash": "hash of the rule set, which the appliance compares",
-        "rule_count": "rules in it",
-        "batch_id": "the batch that last changed it",
-        "built_at": "when it was last changed",
-    },
     "appliance_commands": {
         "id": "the command",
         "command_type": "sync_promoted_rule or withdraw_rule",
