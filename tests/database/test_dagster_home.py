@@ -28,6 +28,7 @@ def test_the_instance_loads_and_stores_its_events_in_the_schema_dagster(
         assert not instance.telemetry_enabled
         assert not instance.nux_enabled
         assert instance.run_monitoring_enabled
+        assert "FRESHNESS_DAEMON" in instance.get_required_daemon_types()
         assert type(instance.run_coordinator).__name__ != "QueuedRunCoordinator"
         assert dg.materialize([something], instance=instance).success
     with engine.connect() as connection:

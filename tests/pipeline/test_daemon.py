@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import time
 from pathlib import Path
 
@@ -32,8 +33,9 @@ VALUES
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see what a process left behind")
 def test_telemetry_by_plain_sql_becomes_a_promoted_rule_and_stopping_leaves_nothing_behind(
-    engine: sa.Engine, tmp_path: Path
+    engine: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FRESHNESS_DAEMON_INTERVAL_SECONDS", "5")  # of Dagster: 30 s unless somebody says so
     with engine.begin() as connection:
         activate_policy(connection, "legacy", actor="test", reason="five occurrences suffice")
         connection.exec_driver_sql("INSERT INTO sites (site_id) VALUES ('clinic-north')")
@@ -74,10 +76,20 @@ def test_telemetry_by_plain_sql_becomes_a_promoted_rule_and_stopping_leaves_noth
                     or None
                 )
 
+        def fresh() -> bool | None:
+            with engine.connect() as connection:
+                found = connection.exec_driver_sql(
+                    "SELECT DISTINCT ON (asset_key) asset_key, event FROM dagster.event_logs "
+                    "WHERE dagster_event_type = 'FRESHNESS_STATE_CHANGE' ORDER BY asset_key, id DESC"
+                ).all()
+            badges = {json.loads(row.asset_key)[0] for row in found if '"FreshnessState.PASS"}, "prev' in row.event}
+            return {"execution_telemetry", "rule_daily_stats", "l1_rules", "rule_manifests", "alerts"} <= badges or None
+
         rule = wait_for(promoted, seconds=90, what="the promotion", services=services)
         assert (rule.enabled, rule.state) == (True, "fleet")
         # The first run after the start also pays for first imports; the bar of 10 s is benchmarks/'s to hold.
         assert (rule.occurred_at - inserted).total_seconds() < 60
+        wait_for(fresh, seconds=60, what="the badges of freshness", services=services)
         assert wait_for(delivered, seconds=30, what="the command", services=services) == 1
         with engine.connect() as connection:
             run = connection.exec_driver_sql(
