@@ -12,7 +12,10 @@ their manifest holds. Nothing is replayed or estimated. Bars:
 - no bar, and told: how many fair ones got there. Sites that the rule serves report no more of L2, and each site counts with
   10 episodes at most: in fleets of this size (60 to 90 sites) the evidence of a fair rule often stops short of the threshold.
 
-    python benchmarks/score_fleets.py [--fleets 1000] [--seed 1] [--workers 2] [--quick] [--json FILE]
+A fleet takes some 25 CPU seconds, nearly all of them in the pipeline: a thousand take more than three hours on two cores. They can
+be lived in pieces, by seed, and told together: `--seed 1 --fleets 200 --json a`, `--seed 201 --fleets 200 --also a`.
+
+    python benchmarks/score_fleets.py [--fleets 1000] [--seed 1] [--workers 2] [--quick] [--json FILE] [--also FILE ...]
 """
 
 from __future__ import annotations
@@ -232,6 +235,12 @@ def scratch() -> Iterator[str]:
 # -- all of them -----------------------------------------------------------------------------------
 
 
+def read(document: dict[str, Any]) -> Lived:
+    """A fleet as --json wrote it."""
+    patterns = tuple(Pattern(**{**found, "false_at": tuple(found["false_at"])}) for found in document.pop("patterns"))
+    return Lived(**{**document, "patterns": patterns, "wrong": tuple(document["wrong"])})
+
+
 def told(met: bool, sentence: str) -> bool:
     """Print one line of the table."""
     print(f"{'ok  ' if met else 'MISS'} fleets: {sentence}", flush=True)
@@ -282,15 +291,22 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="8 fleets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every fleet and pattern, as JSON lines")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], metavar="FILE", help="fleets lived before, counted in"
+    )
     options = parser.parse_args()
     fleets = 8 if options.quick else options.fleets
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     begun = time.monotonic()
     lived: list[Lived] = []
+    before = [read(json.loads(line)) for file in options.also for line in file.read_text("utf-8").splitlines()]
+    coming = range(options.seed, options.seed + fleets)
+    if twice := [seed for seed, n in Counter([*coming, *(one.seed for one in before)]).items() if n > 1]:
+        parser.error(f"fleet {twice[0]} would count twice")
     with scratch() as place, contextlib.ExitStack() as stack:
         out = stack.enter_context(options.json.open("w")) if options.json else None
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.workers, start_worker, (place,)))
-        for one in pool.imap_unordered(live, range(options.seed, options.seed + fleets)):
+        for one in pool.imap_unordered(live, coming):
             lived.append(one)
             if out is not None:
                 out.write(json.dumps(asdict(one)) + "\n")
@@ -309,7 +325,7 @@ def main() -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-    return 0 if report(lived, time.monotonic() - begun) else 1
+    return 0 if report([*before, *lived], time.monotonic() - begun) else 1
 
 
 if __name__ == "__main__":
