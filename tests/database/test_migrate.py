@@ -196,3 +196,13 @@ def test_every_migration_goes_forward_only() -> None:
     assert [script.revision for script in scripts][-1] == "0001"
     for script in scripts:
         assert "def downgrade" not in Path(script.path).read_text()
+
+
+def test_a_routine_file_that_is_gone_leaves_no_record(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO schema_objects (kind, name, content_hash) VALUES ('routine', '50_sites', 'older')"
+        )
+    assert migrate.upgrade(engine).changes == ()
+    with engine.connect() as connection:
+        assert column(connection, "SELECT count(*) FROM schema_objects WHERE name = '50_sites'") == [0]
