@@ -161,7 +161,7 @@ def plot_trend(title: str, days: Sequence[RateDay], points: Sequence[CusumPoint]
 
     # Margins by hand: a layout engine would draw it twice.
     figure = Figure(figsize=(6.4, 3.6))
-    above, below = figure.add_axes((0.08, 0.48, 0.9, 0.38)), figure.add_axes((0.08, 0.08, 0.9, 0.26))
+    above, below = figure.add_axes((0.08, 0.5, 0.9, 0.36)), figure.add_axes((0.08, 0.12, 0.9, 0.26))
     at: list[float] = [float(date2num(d.day)) + 0.5 for d in days]  # type: ignore[no-untyped-call]
     above.plot(
         at,
@@ -207,7 +207,9 @@ def plot_trend(title: str, days: Sequence[RateDay], points: Sequence[CusumPoint]
         axes.spines[["top", "right"]].set_visible(False)
         locator = AutoDateLocator(maxticks=8)  # type: ignore[no-untyped-call]
         axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=axes is below))  # type: ignore[no-untyped-call]
+        axes.xaxis.get_offset_text().set_fontsize(7)
+    below.set_xlim(above.get_xlim())
     return png_uri(figure, MAX_PLOT_BYTES)
 
 

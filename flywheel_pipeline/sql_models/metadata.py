@@ -142,7 +142,7 @@ def png_uri(figure: Figure, longest: int) -> str:
         pixels = canvas.buffer_rgba()  # type: ignore[no-untyped-call]
         drawn = Image.frombuffer("RGBA", canvas.get_width_height(), pixels.tobytes())
         image = io.BytesIO()
-        drawn.convert("RGB").quantize(64).save(image, format="png")
+        drawn.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(image, format="png")
         uri = "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
         if len(uri) <= longest:
             break
