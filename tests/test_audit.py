@@ -18,7 +18,7 @@ HASH = f"    --hash=sha256:{'0' * 64}"
 
 
 def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
+    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -131,6 +131,7 @@ def build_delivery_asset(graph: ModelGraph) -> dg.AssetsDefinition:
             metadata={
                 **manifest_rows,
                 **alike,
+                "sql": dg.MetadataValue.md(f"```sql\n{graph.models['rule_manifests'].sql}\n```"),
                 "rows_written": manifests.written,
                 "rows_unchanged": manifests.unchanged,
                 "rules": manifests.rules,

@@ -602,12 +602,18 @@ class Soak:
         wanted = number * self.steps_a_round
 
         def through() -> bool:
+            self._revive()
             for writer in self.writers:
                 if (wrong := writer.wrong()) is not None:
                     raise AssertionError(f"writer {writer.number} met what no fault explains:\n{wrong}")
             return all(writer.acknowledged >= wanted for writer in self.writers)
 
-        until(through, 120, "the writers' last acknowledgement")
+        try:
+            until(through, 120, "the writers' last acknowledgement")
+        except TimeoutError as error:
+            behind = {w.number: f"{w.acknowledged} of {wanted}, {w.retries} sent again" for w in self.writers}
+            log = (self.api.home / "serve.log").read_text("utf-8", "replace")[-2_000:]
+            raise TimeoutError(f"{error}: {behind}; the agent API {self.api.alive()=}, its log ends\n{log}") from error
         for writer in self.writers:
             self.truth.take(writer)
 
