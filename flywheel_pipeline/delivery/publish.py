@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -334,27 +334,34 @@ def write_contents(conn: sa.Connection, manifests: Sequence[Manifest]) -> list[s
     if not fresh:
         return hashes
     entry_ids = _write_entries(conn, [m for _, m in fresh])
+    kept_back = {key: place for place, key in enumerate(dict.fromkeys(id(m.withheld) for _, m in fresh))}
     promoted = [sorted((r["id"], r["version"]) for r in m.rules if r["source"] != "builtin") for _, m in fresh]
+    # As documents: text in an array is quoted character by character, which takes longer than all the rest.
     conn.execute(
         sa.text(
             """
             INSERT INTO manifest_contents (content_hash, manifest_hash, entry_ids, withheld, rule_count, rule_ids, rule_versions)
-            SELECT d.content_hash, d.manifest_hash, CAST(d.entry_ids AS bigint[]), CAST(d.withheld AS jsonb), d.rule_count,
-                   ARRAY(SELECT jsonb_array_elements_text(CAST(d.ids AS jsonb))), CAST(d.versions AS integer[])
-            FROM unnest(CAST(:contents AS text[]), CAST(:hashes AS text[]), CAST(:entries AS text[]),
-                        CAST(:withheld AS text[]), CAST(:counts AS integer[]), CAST(:ids AS text[]),
-                        CAST(:versions AS text[]))
-              AS d(content_hash, manifest_hash, entry_ids, withheld, rule_count, ids, versions)
+            SELECT d.content_hash, d.manifest_hash, d.entry_ids, w.withheld, cardinality(d.entry_ids), d.rule_ids, d.rule_versions
+            FROM jsonb_to_recordset(CAST(:contents AS jsonb))
+              AS d(content_hash text, manifest_hash text, entry_ids bigint[], kept_back integer, rule_ids text[], rule_versions integer[])
+            JOIN jsonb_array_elements(CAST(:withheld AS jsonb)) WITH ORDINALITY AS w(withheld, place) ON w.place = d.kept_back + 1
             """
         ),
         {
-            "contents": [content for content, _ in fresh],
-            "hashes": [m.manifest_hash for _, m in fresh],
-            "entries": [_array(entry_ids[id(entry)] for entry in m.rules) for _, m in fresh],
-            "withheld": [withheld_texts[id(m.withheld)] for _, m in fresh],
-            "counts": [len(m.rules) for _, m in fresh],
-            "ids": [json.dumps([rule_id for rule_id, _ in listed]) for listed in promoted],
-            "versions": [_array(version for _, version in listed) for listed in promoted],
+            "contents": json.dumps(
+                [
+                    {
+                        "content_hash": content,
+                        "manifest_hash": m.manifest_hash,
+                        "entry_ids": [entry_ids[id(entry)] for entry in m.rules],
+                        "kept_back": kept_back[id(m.withheld)],
+                        "rule_ids": [rule_id for rule_id, _ in listed],
+                        "rule_versions": [version for _, version in listed],
+                    }
+                    for (content, m), listed in zip(fresh, promoted, strict=True)
+                ]
+            ),
+            "withheld": f"[{','.join(withheld_texts[key] for key in kept_back)}]",
         },
     )
     return hashes
@@ -369,16 +376,17 @@ def _write_entries(conn: sa.Connection, manifests: Sequence[Manifest]) -> dict[i
         "hashes": [hashed for hashed, _ in by_text.values()],
         "rules": [str(entry["id"]) for _, entry in by_text.values()],
         "versions": [int(entry["version"]) for _, entry in by_text.values()],
-        "entries": list(by_text),
+        "entries": f"[{','.join(by_text)}]",
     }
     conn.execute(
         sa.text(
             """
             INSERT INTO manifest_entries (entry_hash, rule_id, rule_version, entry)
-            SELECT d.entry_hash, d.rule_id, d.rule_version, CAST(d.entry AS jsonb)
-            FROM unnest(CAST(:hashes AS text[]), CAST(:rules AS text[]), CAST(:versions AS integer[]), CAST(:entries AS text[]))
-              AS d(entry_hash, rule_id, rule_version, entry)
-            WHERE NOT EXISTS (SELECT FROM manifest_entries e WHERE e.entry_hash = d.entry_hash)
+            SELECT d.entry_hash, d.rule_id, d.rule_version, e.entry
+            FROM unnest(CAST(:hashes AS text[]), CAST(:rules AS text[]), CAST(:versions AS integer[]))
+              WITH ORDINALITY AS d(entry_hash, rule_id, rule_version, place)
+            JOIN jsonb_array_elements(CAST(:entries AS jsonb)) WITH ORDINALITY AS e(entry, place) USING (place)
+            WHERE NOT EXISTS (SELECT FROM manifest_entries k WHERE k.entry_hash = d.entry_hash)
             ORDER BY d.rule_id, d.entry_hash
             """
         ),
@@ -390,11 +398,6 @@ def _write_entries(conn: sa.Connection, manifests: Sequence[Manifest]) -> dict[i
     )
     ids = {row.entry_hash: row.entry_id for row in stored}
     return {key: ids[by_text[text][0]] for key, text in texts.items()}
-
-
-def _array(numbers: Iterable[int]) -> str:
-    """Numbers as PostgreSQL writes an array of them."""
-    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 def _drop_unused_contents(conn: sa.Connection) -> None:
