@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	then echo $$p; break; fi; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: run up test lint faults audit docs bench clean install lock
+.PHONY: run up test lint faults audit docs bench clean install scale lock
 .DEFAULT_GOAL := run
 
 run: install
@@ -28,7 +28,7 @@ up: install
 	$(BIN)/flywheel simulate replay-2026-02-15 --unless-played
 	$(BIN)/flywheel up
 
-test: lint
+test: lint scale
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: install
@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python .ci/audit.py
 
-faults: install
+faults: install scale
 	$(BIN)/python -m pytest -m "faults or long"
 	$(BIN)/python tests/faults/soak.py $(if $(QUICK),--quick)
 
@@ -47,7 +47,7 @@ audit: install
 docs: install
 	$(BIN)/python docs/rooms.py
 
-bench: install
+bench: install scale
 	$(BIN)/python benchmarks/run.py $(if $(QUICK),--quick)
 
 # -- installation: each step leaves a stamp, so that a warm run does nothing here ---------------------
@@ -70,10 +70,22 @@ $(VENV)/installed.stamp: pyproject.toml $(VENV)/requirements.stamp
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# What tests and `make bench` need beyond one machine's own: Spark, Celery, Kubernetes. Users of those say `make scale`.
+scale: $(VENV)/scale.stamp
+
+$(VENV)/scale.stamp: requirements-scale.lock $(VENV)/installed.stamp
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements-scale.lock
+	@touch $@
+
 # Resolves pyproject.toml anew: one lock for every platform and Python, with hashes and without an index.
+# requirements.lock is what one machine needs, requirements-scale.lock adds Spark, Celery and Kubernetes.
+# `make lock UPGRADE=` keeps the pins that still fit.
+UPGRADE ?= --upgrade
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 \
+	--generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate --quiet
 lock: install
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade \
-		--generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+	$(COMPILE) $(UPGRADE) --extra dev --extra duckdb -o requirements.lock
+	$(COMPILE) $(UPGRADE) --all-extras --constraint requirements.lock -o requirements-scale.lock
 
 clean:
 	@if [ -d .flywheel/postgres ] && [ -x $(BIN)/python ]; then \
