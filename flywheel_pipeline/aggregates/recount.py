@@ -57,7 +57,7 @@ WITH recounted AS (
         AND CASE o.field WHEN 'error_message' THEN t.error_message WHEN 'failure_type' THEN t.failure_type ELSE t.status END
             ILIKE o.pattern
     )
-    AND t.event_at BETWEEN t.created_at - interval '730 days' AND t.created_at + interval '10 minutes'
+    AND t.event_at - t.created_at BETWEEN interval '-730 days' AND interval '10 minutes'
   GROUP BY 1, 2, 3
 )
 SELECT coalesce(r.site_id, s.site_id) AS site_id, coalesce(r.day, s.day) AS day, coalesce(r.rule_id, s.rule_id) AS rule_id,
