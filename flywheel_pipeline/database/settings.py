@@ -33,6 +33,7 @@ class Settings(BaseSettings):
 
     home: Path = Path(".flywheel")
     database_url: SecretStr | None = None
+    prepare_statements: bool = True  # false: behind a pooler that gives a session to one transaction at a time
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
     api_host: str = "127.0.0.1"
