@@ -43,6 +43,8 @@ TELEMETRY_DAYS: Final = 90  # kept in PostgreSQL; older days are in the archive
 AGGREGATE_DAYS: Final = 730
 RUN_DAYS: Final = 30  # database/housekeeping.py
 SCALES: Final = (100_000, 1_000_000, 10_000_000, 100_000_000)
+DISK_MARGIN: Final = 1.5  # write-ahead log, vacuum, a rebuild beside what stands
+LEAST_MEMORY_GB: Final = 4.0  # else twice the index that every insert reads
 GB: Final = 1e9
 
 # -- the fleets that are measured: the same executions a day, on many small sites and on a few large ones ------------
@@ -50,6 +52,7 @@ SCENARIO: Final = "to_the_fleet"
 FLEETS: Final = {"small sites": {"sites": 400, "windows": 4}, "large sites": {"sites": 40, "windows": 40}}
 DAYS: Final = 3
 TICK_HOURS: Final = (0.1, 0.4, 1.5, 4.0)
+LARGER_ROWS: Final = 300_000  # the fit is held against a fleet that it was not made from
 MANIFESTS: Final = (400, 1_600)
 RULES: Final = 200
 
@@ -101,7 +104,12 @@ class Projection:
     runs_a_day: float
     event_log_gb: float
     publish_seconds: float
+    publish_wal_gb: float
+    manifests_gb: float
     day_rebuild_seconds: float
+    disk_gb: float
+    memory_gb: float
+    cores: float
     cells_a_thousand_rows: float
 
 
@@ -140,6 +148,15 @@ def project(units: Units, executions: float) -> Projection:
     runs = 86_400 / tick * -math.expm1(-rate * tick)  # none where nothing waits
     wal = executions * (units.wal_bytes_a_row + units.refresh_wal_bytes_a_new_row)
     wal += runs * 2 * cells * units.refresh_wal_bytes_a_site_day
+    telemetry = executions * TELEMETRY_DAYS * units.heap_bytes_a_row / GB
+    indexes = executions * TELEMETRY_DAYS * units.index_bytes_a_row / GB
+    aggregates = (
+        AGGREGATE_DAYS * (sites * units.aggregate_bytes_a_site_day + executions * units.aggregate_bytes_a_row) / GB
+    )
+    event_log = runs * RUN_DAYS * units.event_log_bytes_a_run / GB
+    manifests = units.manifest_bytes_an_appliance * appliances / GB
+    id_index = executions * TELEMETRY_DAYS * units.id_index_bytes_a_row / GB
+    importing = PEAK * rate * units.import_seconds_a_row
     return Projection(
         executions=executions,
         appliances=appliances,
@@ -147,19 +164,22 @@ def project(units: Units, executions: float) -> Projection:
         rows_a_second=rate,
         tick_seconds=tick,
         site_days_a_tick=cells,
-        import_cores=PEAK * rate * units.import_seconds_a_row,
+        import_cores=importing,
         outbox_rows=PEAK * rate * tick,
-        telemetry_gb=executions * TELEMETRY_DAYS * units.heap_bytes_a_row / GB,
-        indexes_gb=executions * TELEMETRY_DAYS * units.index_bytes_a_row / GB,
-        id_index_gb=executions * TELEMETRY_DAYS * units.id_index_bytes_a_row / GB,
-        aggregates_gb=AGGREGATE_DAYS
-        * (sites * units.aggregate_bytes_a_site_day + executions * units.aggregate_bytes_a_row)
-        / GB,
+        telemetry_gb=telemetry,
+        indexes_gb=indexes,
+        id_index_gb=id_index,
+        aggregates_gb=aggregates,
         wal_mb_a_second=wal / 86_400 / 1e6,
         runs_a_day=runs,
-        event_log_gb=runs * RUN_DAYS * units.event_log_bytes_a_run / GB,
+        event_log_gb=event_log,
         publish_seconds=units.publish_seconds + units.publish_seconds_an_appliance * appliances,
+        publish_wal_gb=units.publish_wal_bytes_an_appliance * appliances / GB,
+        manifests_gb=manifests,
         day_rebuild_seconds=executions * units.refresh_seconds_a_row + sites * units.refresh_seconds_a_site_day,
+        disk_gb=DISK_MARGIN * (telemetry + indexes + aggregates + event_log + manifests),
+        memory_gb=max(LEAST_MEMORY_GB, 2 * id_index),
+        cores=2 + math.ceil(importing),
         cells_a_thousand_rows=1000 * cells / (rate * tick),
     )
 
@@ -186,7 +206,7 @@ LIMITS: Final = (
     ),
     Limit(
         "intake",
-        "one core takes the busiest minute",
+        "one core imports the busiest minute (by files; posts one by one cost the agent API more)",
         1.0,
         lambda p: p.import_cores,
         "more processes of the agent API (`FLYWHEEL_API_WORKERS`, then pods): writers never wait for each other",
@@ -197,6 +217,14 @@ LIMITS: Final = (
         1000.0,
         lambda p: p.telemetry_gb + p.indexes_gb,
         "the archive: closed days as Parquet, `flywheel db purge` behind it; fewer days in PostgreSQL",
+    ),
+    Limit(
+        "aggregates on disk",
+        f"{AGGREGATE_DAYS} days stay under 1 TB",
+        1000.0,
+        lambda p: p.aggregates_gb,
+        "nothing in this release: figures of purged days stay (they are the history), episodes first among them; a "
+        "tablespace on cheaper disks, or a database for each region",
     ),
     Limit(
         "the index on execution_id",
@@ -470,6 +498,26 @@ def measure_manifests(embedded: Any) -> Iterator[tuple[str, Any]]:
         engine.dispose()
 
 
+def measure_larger(embedded: Any) -> dict[str, Any]:
+    """Count a fleet some twenty times as large as those of the fit, for the first time; return what it took."""
+    from fleet import database, load
+
+    from flywheel_pipeline.aggregates.refresh import refresh
+
+    engine = database(embedded, "larger")
+    load(engine, LARGER_ROWS)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT flywheel_touch_all()")
+    with engine.connect() as connection:
+        waiting = connection.exec_driver_sql(_WAITING).one()
+    cpu = Cpu(engine)
+    with engine.begin() as connection:
+        refresh(connection)
+    seconds = cpu.since()
+    engine.dispose()
+    return {"site_days": waiting.cells, "rows": waiting.rows, "seconds": round(seconds, 4)}
+
+
 def measure() -> dict[str, Any]:
     """Measure every unit cost in a scratch database; return them with the machine and the points behind the fits."""
     from fleet import server
@@ -481,6 +529,7 @@ def measure() -> dict[str, Any]:
                 found.setdefault(what, []).append(value)
         for what, value in measure_manifests(embedded):
             found.setdefault(what, []).append(value)
+        larger = measure_larger(embedded)
         engine = sa.create_engine(embedded.url)
         with engine.connect() as connection:
             version = str(connection.exec_driver_sql("SHOW server_version").scalar_one())
@@ -517,6 +566,7 @@ def measure() -> dict[str, Any]:
         },
         "units": {name: float(f"{value:.4g}") for name, value in asdict(units).items()},
         "refresh": [{**point, "seconds": round(point["seconds"], 4)} for point in points],
+        "larger": larger,
         "publish": [{**point, "seconds": round(point["seconds"], 4)} for point in (small, large)],
     }
 
@@ -544,7 +594,10 @@ ROWS: Final[tuple[tuple[str, Callable[[Projection], float]], ...]] = (
     ("appliances", lambda p: p.appliances),
     ("sites", lambda p: p.sites),
     ("executions a second, mean", lambda p: p.rows_a_second),
-    ("cores that intake needs in the busiest minute", lambda p: p.import_cores),
+    ("**PostgreSQL: disk to provide, GB**", lambda p: p.disk_gb),
+    ("**memory, GB**", lambda p: p.memory_gb),
+    ("**cores: one for the refresh, one for the rest, intake's**", lambda p: p.cores),
+    ("cores that importing takes in the busiest minute", lambda p: p.import_cores),
     ("seconds from one run to the next", lambda p: p.tick_seconds),
     ("site-days a tick touches", lambda p: p.site_days_a_tick),
     ("site-days for 1,000 executions", lambda p: p.cells_a_thousand_rows),
@@ -557,6 +610,8 @@ ROWS: Final[tuple[tuple[str, Callable[[Projection], float]], ...]] = (
     ("runs a day", lambda p: p.runs_a_day),
     (f"event log, {RUN_DAYS} days, GB", lambda p: p.event_log_gb),
     ("seconds to bring a changed rule to every manifest", lambda p: p.publish_seconds),
+    ("write-ahead log of that, GB", lambda p: p.publish_wal_gb),
+    (f"manifests and commands of {RULES} rules, GB", lambda p: p.manifests_gb),
     ("seconds to rebuild one day in PostgreSQL", lambda p: p.day_rebuild_seconds),
 )
 UNIT_WORDS: Final = {
@@ -579,6 +634,15 @@ UNIT_WORDS: Final = {
     "publish_wal_bytes_an_appliance": "publication, bytes of write-ahead log an appliance",
     "manifest_bytes_an_appliance": "manifest and commands, bytes an appliance",
 }
+
+
+def fitted(units: Units, point: Mapping[str, Any]) -> float:
+    """Seconds of a refresh of so many site-days and rows, as the unit costs have it."""
+    return (
+        units.refresh_seconds
+        + units.refresh_seconds_a_site_day * point["site_days"]
+        + units.refresh_seconds_a_row * point["rows"]
+    )
 
 
 def render(stored: Mapping[str, Any]) -> str:
@@ -630,14 +694,17 @@ def render(stored: Mapping[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for point in stored["refresh"]:
-        fitted = (
-            units.refresh_seconds
-            + units.refresh_seconds_a_site_day * point["site_days"]
-            + units.refresh_seconds_a_row * point["rows"]
-        )
         lines.append(
-            f"| {point['fleet']} | {point['what']} | {point['site_days']:,} | {point['rows']:,} | {point['seconds']:.2f} | {fitted:.2f} |"
+            f"| {point['fleet']} | {point['what']} | {point['site_days']:,} | {point['rows']:,} | {point['seconds']:.2f} "
+            f"| {fitted(units, point):.2f} |"
         )
+    larger = stored["larger"]
+    lines += [
+        "",
+        f"Held against a fleet that the fit was not made from: {larger['rows']:,} rows on {larger['site_days']:,} site-days, "
+        f"counted for the first",
+        f"time, took {larger['seconds']:.1f} s; the unit costs say {fitted(units, larger):.1f} s.",
+    ]
     lines += [
         "",
         f"A changed rule of the whole fleet, {RULES} rules: "

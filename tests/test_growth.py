@@ -59,8 +59,8 @@ ROUND = growth.Units(
     event_log_bytes_a_run=100_000,
     publish_seconds=1,
     publish_seconds_an_appliance=0.002,
-    publish_wal_bytes_an_appliance=1000,
-    manifest_bytes_an_appliance=1000,
+    publish_wal_bytes_an_appliance=1500,
+    manifest_bytes_an_appliance=2500,
 )
 
 
@@ -83,7 +83,11 @@ def test_the_arithmetic_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.id_index_gb == pytest.approx(864_000 * 10 * 50 / 1e9)
     assert found.aggregates_gb == pytest.approx(100 * (500 * 1000 + 864_000 * 10) / 1e9)
     assert found.publish_seconds == pytest.approx(1 + 1000 * 0.002)
+    assert (found.publish_wal_gb, found.manifests_gb) == pytest.approx((1000 * 1500 / 1e9, 1000 * 2500 / 1e9))
     assert found.day_rebuild_seconds == pytest.approx(864_000 * 0.00001 + 500 * 0.001)
+    held = found.telemetry_gb + found.indexes_gb + found.aggregates_gb + found.event_log_gb + found.manifests_gb
+    assert (found.disk_gb, found.memory_gb, found.cores) == (pytest.approx(1.5 * held), 4.0, 3)
+    assert growth.project(ROUND, 864_000_000).memory_gb == pytest.approx(2 * 864e6 * 10 * 50 / 1e9)
     # A hundred executions a tick on 500 sites: 500 * (1 - e^-0.2) of them; each read with the day before, 1.5 days of rows.
     cells = 500 * (1 - math.exp(-0.2))
     assert found.site_days_a_tick == pytest.approx(cells)
@@ -132,8 +136,11 @@ def test_the_stored_fit_is_that_of_the_stored_points_and_describes_them() -> Non
     stored = (UNITS.refresh_seconds, UNITS.refresh_seconds_a_site_day, UNITS.refresh_seconds_a_row)
     assert stored == pytest.approx((fixed, a_cell, a_row), rel=0.01)
     for point in points:
-        said = fixed + a_cell * point["site_days"] + a_row * point["rows"]
-        assert said == pytest.approx(point["seconds"], rel=0.5), point
+        assert growth.fitted(UNITS, point) == pytest.approx(point["seconds"], rel=0.5), point
+    # Twenty times as large as any of them.
+    larger = STORED["larger"]
+    assert larger["rows"] > 10 * max(point["rows"] for point in points)
+    assert growth.fitted(UNITS, larger) == pytest.approx(larger["seconds"], rel=0.5)
 
 
 @pytest.mark.long

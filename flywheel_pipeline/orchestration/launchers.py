@@ -67,6 +67,11 @@ def _celery(settings: Settings) -> dict[str, Any]:
             "FLYWHEEL_RUN_LAUNCHER is celery, and FLYWHEEL_CELERY_BROKER_URL is not set.",
             hint="Set it to the Redis that the workers share, such as redis://redis:6379/0.",
         )
+    if settings.executor != "in_process":
+        raise UsageError(
+            f"FLYWHEEL_RUN_LAUNCHER is celery, and FLYWHEEL_EXECUTOR is {settings.executor}: a worker's process may start no others.",
+            hint="Unset FLYWHEEL_EXECUTOR: with Celery a run is one process, and days are spread over workers as runs.",
+        )
     from flywheel_pipeline.orchestration.celery_app import CONFIG, QUEUE
 
     broker = {"env": "FLYWHEEL_CELERY_BROKER_URL"}

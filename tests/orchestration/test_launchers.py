@@ -80,6 +80,10 @@ def test_launcher_and_worker_speak_of_one_application(monkeypatch: pytest.Monkey
     [
         ({"run_launcher": "celery"}, "FLYWHEEL_CELERY_BROKER_URL is not set"),
         ({"run_launcher": "k8s"}, "FLYWHEEL_K8S_IMAGE is not set"),
+        (
+            {"run_launcher": "celery", "celery_broker_url": BROKER, "executor": "multiprocess"},
+            "may start no others",
+        ),
     ],
 )
 def test_a_launcher_without_what_it_needs_is_refused(tmp_path: Path, given: dict[str, str], missing: str) -> None:
