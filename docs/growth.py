@@ -41,7 +41,7 @@ PEAK: Final = 3.0  # the busiest minute against the mean
 SHORTEST_TICK_SECONDS: Final = 10.0  # a run starts no sooner after the one before
 TELEMETRY_DAYS: Final = 90  # kept in PostgreSQL; older days are in the archive
 AGGREGATE_DAYS: Final = 730
-RUN_DAYS: Final = 30  # database/housekeeping.py
+RUN_DAYS: Final = 30  # FLYWHEEL_RUN_DAYS
 SCALES: Final = (100_000, 1_000_000, 10_000_000, 100_000_000)
 DISK_MARGIN: Final = 1.5  # write-ahead log, vacuum, a rebuild beside what stands
 LEAST_MEMORY_GB: Final = 4.0  # else twice the index that every insert reads
@@ -260,7 +260,7 @@ LIMITS: Final = (
         f"{RUN_DAYS} days of runs stay under 100 GB",
         100.0,
         lambda p: p.event_log_gb,
-        "fewer days of runs (the job `housekeeping`); it shrinks by itself as ticks grow longer",
+        "fewer days of runs (`FLYWHEEL_RUN_DAYS`); it shrinks by itself as ticks grow longer",
     ),
 )
 NEVER: Final = 1e12
@@ -672,6 +672,7 @@ def render(stored: Mapping[str, Any]) -> str:
         f"at most every {SHORTEST_TICK_SECONDS:g} s, {TELEMETRY_DAYS} days of telemetry in PostgreSQL, {RUN_DAYS} days of runs. "
         "A run takes all that waits and the next one",
         "starts when it is done, so the tick grows until it holds its own cost; once it touches every site, it grows no more.",
+        "The agent API's own processes are not among the cores: `python benchmarks/bench_api.py` measures them.",
         "",
         "## Where each part stops, and what takes over",
         "",
