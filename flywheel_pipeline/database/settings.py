@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     k8s_namespace: str = "flywheel"
     k8s_service_account: str = "flywheel"
     k8s_instance_config_map: str = "flywheel-dagster"
-    k8s_secret: str = "flywheel"  # noqa: S105 - the name of a Secret in the cluster
+    k8s_env_from: str = "flywheel"  # name of the Secret whose keys are the environment of its pods
 
     @field_validator("home", mode="after")
     @classmethod

@@ -97,7 +97,7 @@ def _kubernetes(settings: Settings) -> dict[str, Any]:
             "service_account_name": settings.k8s_service_account,
             "instance_config_map": settings.k8s_instance_config_map,
             "dagster_home": "/opt/dagster/dagster_home",
-            "env_secrets": [settings.k8s_secret],
+            "env_secrets": [settings.k8s_env_from],
             "fail_pod_on_run_failure": False,  # a failed gate is a result; Kubernetes must not start the pod again
         },
     }
