@@ -21,6 +21,7 @@ from flywheel_pipeline.cli import (
     database,
     docs,
     doctor,
+    node,
     pipeline,
     promotion,
     report,
@@ -67,6 +68,7 @@ doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
 api.register(app)
+node.register(app)
 report.register(app)
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")

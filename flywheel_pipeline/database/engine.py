@@ -143,6 +143,8 @@ def _engine(url: URL, *, poolclass: type[sa.Pool] | None = None) -> Engine:
         arguments["application_name"] = APPLICATION_NAME
     if "connect_timeout" not in url.query:
         arguments["connect_timeout"] = CONNECT_TIMEOUT_SECONDS
+    if not get_settings().prepare_statements:
+        arguments["prepare_threshold"] = None  # of psycopg: never
     engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)
     sa.event.listen(engine, "connect", _look_for_the_client)
     return engine
