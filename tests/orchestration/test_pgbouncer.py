@@ -131,7 +131,10 @@ def test_the_agent_api_answers_through_it_once_it_prepares_no_statements(
 def test_a_runs_sign_of_life_does_not_end_with_the_run_behind_it(engine: sa.Engine, bouncer: Bouncer) -> None:
     with sign_of_life(engine, "direct"):
         assert gives_sign(engine, "direct")
-    assert not gives_sign(engine, "direct")
+    deadline = time.monotonic() + 30
+    while gives_sign(engine, "direct"):  # the server ends a session a moment after its client
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     pooled = open_engine(bouncer.url)
     with sign_of_life(pooled, "pooled"):
         assert gives_sign(engine, "pooled")
