@@ -15,6 +15,9 @@ import sqlalchemy as sa
 from flywheel_pipeline.candidates.keys import pattern_key
 from flywheel_pipeline.database import tables
 
+# Two runs at once would each find the other's new patterns missing: the second waits here, and then finds them.
+_ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('flywheel:patterns'))"
+
 
 def pattern_id_of(key: str) -> str:
     """Return the 16 hex digits that name a pattern in the production table, from its key."""
@@ -25,8 +28,9 @@ def write_observed(connection: sa.Connection) -> dict[str, int]:
     """Upsert every observed pattern; return {'inserted': n, 'updated': n, 'unchanged': n}.
 
     New patterns start as pending. Counts of imported patterns stay as imported: they are history; the observed
-    counts stand in `pattern_candidates`.
+    counts stand in `pattern_candidates`. Waits for another run that writes patterns, until its transaction ends.
     """
+    connection.exec_driver_sql(_ONE_AT_A_TIME)
     rows = connection.execute(
         sa.text(
             "SELECT pattern_key, incident_type, runbook_id, platform, executions, raw_successes, first_at, last_at "
@@ -77,6 +81,7 @@ def import_patterns(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]
 
     A row whose key another pattern holds already keeps a null key: it can never be promoted by mistake.
     """
+    connection.exec_driver_sql(_ONE_AT_A_TIME)
     taken = set(connection.execute(sa.text("SELECT pattern_key FROM patterns WHERE pattern_key IS NOT NULL")).scalars())
     values = []
     known = set(connection.execute(sa.text("SELECT pattern_id FROM patterns")).scalars())

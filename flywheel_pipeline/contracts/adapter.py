@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +34,24 @@ def read_rows(connection: sa.Connection, contract: Contract) -> pd.DataFrame:
     return pd.DataFrame(result.fetchall(), columns=list(result.keys()))
 
 
+@contextmanager
+def _without_spark() -> Iterator[None]:
+    """Have Great Expectations find no Spark while it is imported: what it judges here are pandas frames.
+
+    Where PySpark is installed it would import all of it, and PySpark's `connect` package ends the process (`sys.exit(0)`)
+    where the main module has neither a file nor a spec, as in a worker that was started by `python -c`.
+    """
+    hidden = ("pyspark", "pyspark.sql", "pyspark.sql.connect")
+    there = {name: sys.modules[name] for name in hidden if name in sys.modules}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: its import fails
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+        sys.modules.update(there)
+
+
 def judge(
     frame: pd.DataFrame, expectations: Sequence[Expectation], *, key: Sequence[str] = ()
 ) -> list[ExpectationResult]:
@@ -41,8 +61,9 @@ def judge(
     result with `error`; it is no pass. `key` names columns that identify a row in the samples.
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read while Great Expectations is imported
-    import great_expectations as gx
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    with _without_spark():
+        import great_expectations as gx
+        from great_expectations.data_context.types.base import ProgressBarsConfig
 
     logging.getLogger("great_expectations").setLevel(logging.WARNING)
     context = gx.get_context(mode="ephemeral")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -299,3 +301,15 @@ def test_each_expectation_says_what_goes_wrong_without_it() -> None:
         for expectation in contract.expectations(NOW):
             assert expectation.why.endswith("."), expectation
             assert len(expectation.why) > 10, expectation
+
+
+def test_it_judges_in_a_process_whose_main_module_is_no_file_and_loads_no_spark() -> None:
+    program = (
+        "import sys, types; sys.modules['__main__'] = types.ModuleType('__main__')\n"
+        "import pandas as pd\n"
+        "from flywheel_pipeline.contracts.adapter import judge\n"
+        "judge(pd.DataFrame({'a': [1]}), [])\n"
+        "print('judged', 'pyspark' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["judged", "False"], done.stderr
