@@ -381,7 +381,7 @@ def touch(
                     AND (CAST(:from_day AS date) IS NULL OR day >= :from_day)
                     AND (CAST(:to_day AS date) IS NULL OR day <= :to_day)
                 )
-                INSERT INTO touched_cells (site_id, day) SELECT site_id, day FROM cells
+                INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells
                 """
             ),
             {"site": site, "from_day": from_day, "to_day": to_day},

@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     `database_url` unset or empty means the embedded server. `alert_urls` holds Apprise URLs separated by white space,
     `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead. `deliver_within_hours`: from
     promotion to delivery, and from a changed manifest to the appliance's report of it; `execute_within_hours`: from
-    delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer.
+    delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer. `archive_url`: a folder or
+    an fsspec URL for closed days of telemetry; unset, nothing is archived. `archive_after_days`: full days (UTC) that pass
+    after a day's end before it counts as closed.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -42,12 +44,15 @@ class Settings(BaseSettings):
     execute_within_hours: float = Field(default=14 * 24.0, gt=0)
     settle_within_hours: float = Field(default=48.0, gt=0)
 
+    archive_url: SecretStr | None = None
+    archive_after_days: int = Field(default=1, ge=0, le=3650)
+
     @field_validator("home", mode="after")
     @classmethod
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", mode="before")
+    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", "archive_url", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value
