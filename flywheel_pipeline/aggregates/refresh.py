@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from flywheel_pipeline.archive.days import exclude_others
+from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.archive.retention import require_archived, verify_before
 from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
 from flywheel_pipeline.health.demotion import drop_changed_checkpoints, drop_checkpoints_of_scope
 from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute, shared_views, take_empty, view_query
@@ -462,19 +465,27 @@ def rebuild(
     return reports
 
 
-def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, int]:
+def purge(engine: sa.Engine, *, before: dt.date, actor: str, archive: Archive | None = None) -> dict[dt.date, int]:
     """Delete the telemetry of days before `before` (UTC); their figures stay in the cells, sealed.
 
     The last day is kept whole, so no open recurrence window loses its rows. A row of a sealed day that comes later is
-    refused (`flywheel_refuse_days`).
+    refused (`flywheel_refuse_days`). Where an archive is set, a day goes only if the archive holds it, every byte of it
+    verified, as it is in the database.
 
     Returns:
         Rows deleted by day.
 
     Raises:
         FlywheelError: cells of those days wait in the outbox, or rows of them were never counted.
+        NotSafelyArchived: a day is not in the archive, not whole there, or was corrected since.
     """
+    verified = {}
+    if archive is not None:
+        with engine.connect() as connection:
+            verified = verify_before(connection, archive, before)
     with engine.begin() as connection:
+        if archive is not None:
+            exclude_others(connection)
         lock_refresh(connection)
         # From here to commit no writer can add a row that would be deleted uncounted.
         connection.exec_driver_sql("LOCK TABLE execution_telemetry IN SHARE ROW EXCLUSIVE MODE")
@@ -494,10 +505,16 @@ def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, in
                 f"{first.rows} rows of {first.day} are in the log and {first.counted} in the aggregates, so purging would lose some.",
                 hint=f"Run `flywheel rebuild --from {first.day} --to {uncounted[-1].day}`, then purge again.",
             )
+        if archive is not None:
+            require_archived(connection, archive, before, verified, {row.day: row.rows for row in found})
         for row in found:
+            generation = verified[row.day].generation if archive is not None else None
             connection.execute(
-                sa.text("INSERT INTO sealed_days (day, rows_purged, actor) VALUES (:day, :rows, :actor)"),
-                {"day": row.day, "rows": row.rows, "actor": actor},
+                sa.text(
+                    "INSERT INTO sealed_days (day, rows_purged, actor, archived_generation) "
+                    "VALUES (:day, :rows, :actor, :generation)"
+                ),
+                {"day": row.day, "rows": row.rows, "actor": actor, "generation": generation},
             )
         connection.execute(
             sa.text("DELETE FROM execution_telemetry WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC'"),

@@ -50,3 +50,7 @@ class NothingToArchive(ArchiveError):
 
 class NotRepresentable(ArchiveError):
     """A row holds a value that no column of the archive can hold exactly."""
+
+
+class NotSafelyArchived(ArchiveError):
+    """A purge would delete telemetry that the archive does not hold as it is."""

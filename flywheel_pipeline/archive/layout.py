@@ -285,6 +285,16 @@ class Archive:
                 )
         return manifest
 
+    def walk(self, folder: str) -> list[tuple[str, int]]:
+        """Return every file below a folder of the archive: relative path and size, in order."""
+        found = self.fs.find(self.full_path(folder), detail=True)
+        start = len(self.full_path(""))
+        return sorted((str(entry["name"])[start:], int(entry["size"])) for entry in found.values())
+
+    def modified(self, path: str) -> dt.datetime:
+        """Return when a file was last written, in UTC."""
+        return cast("dt.datetime", self.fs.modified(self.full_path(path))).astimezone(dt.UTC)
+
     # -- paths -----------------------------------------------------------------------------------------------------------
 
     @staticmethod

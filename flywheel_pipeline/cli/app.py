@@ -17,6 +17,7 @@ from flywheel_pipeline.cli import (
     alerts,
     api,
     appliance,
+    archive,
     backup,
     database,
     docs,
@@ -68,6 +69,7 @@ backup.register(app)
 app.add_typer(alerts.app, name="alerts")
 api.register(app)
 report.register(app)
+app.add_typer(archive.app, name="archive")
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")
 

@@ -52,7 +52,9 @@ class Settings(BaseSettings):
     def _resolve_home(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
-    @field_validator("database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", "archive_url", mode="before")
+    @field_validator(
+        "database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", "archive_url", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if isinstance(value, str) and not value.strip() else value

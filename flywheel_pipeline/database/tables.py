@@ -415,7 +415,9 @@ sealed_days = sa.Table(
     sa.Column("sealed_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("rows_purged", sa.BigInteger, nullable=False),
     sa.Column("actor", sa.String(255), nullable=False),
-    sa.Column("archived_generation", sa.String(64), comment="what the archive holds of it; null: nothing, it was purged"),
+    sa.Column(
+        "archived_generation", sa.String(64), comment="what the archive holds of it; null: nothing, it was purged"
+    ),
     comment="Days whose telemetry was purged: their cells keep their figures and are recomputed no more.",
 )
 
