@@ -30,6 +30,7 @@ from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
+from flywheel_pipeline.engines.choose import refuse_unportable
 from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
 from flywheel_pipeline.health.assets import build_attribution_asset, build_demotion_asset
 from flywheel_pipeline.health.checks import health_checks
@@ -54,6 +55,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     `resources` replaces the database resource, for a test's own database.
     """
     graph = load_models()
+    refuse_unportable(graph)
     backfill = build_backfill_asset(graph)
     checks = [
         telemetry_checks,

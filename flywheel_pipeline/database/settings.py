@@ -7,6 +7,7 @@ Belongs here: where state lives, which database, which port. Does not belong her
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,7 +24,8 @@ class Settings(BaseSettings):
     promotion to delivery, and from a changed manifest to the appliance's report of it; `execute_within_hours`: from
     delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer. `archive_url`: a folder or
     an fsspec URL for closed days of telemetry; unset, nothing is archived. `archive_after_days`: full days (UTC) that pass
-    after a day's end before it counts as closed.
+    after a day's end before it counts as closed. `engine`: who computes rebuilds and backfills; the refresh of every minute is
+    always PostgreSQL's. `spark_master`: URL of the Spark master, for the engine spark.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
@@ -46,6 +48,8 @@ class Settings(BaseSettings):
 
     archive_url: SecretStr | None = None
     archive_after_days: int = Field(default=1, ge=0, le=3650)
+    engine: Literal["postgres", "duckdb", "spark"] = "postgres"
+    spark_master: str = "local[*]"
 
     @field_validator("home", mode="after")
     @classmethod

@@ -99,6 +99,7 @@ class SparkEngine:
             "preamble": list(job.preamble),
             "archived": [file.url for file in job.archived],
             "live": str(job.live) if job.live else None,
+            "bytes": sum(file.bytes for file in job.archived) + (job.live.stat().st_size if job.live else 0),
             "telemetry": list(job.plan.telemetry),
             "select": telemetry_select(job.plan.telemetry),
             "sites": list(job.sites) if job.sites is not None else None,
