@@ -18,6 +18,7 @@ from archived_fleet import DAY, GRAPH, NOON, TODAY, in_archive, in_postgresql, r
 
 from flywheel_pipeline.aggregates.refresh import refresh
 from flywheel_pipeline.archive.days import State, day_states, exclude_others
+from flywheel_pipeline.archive.errors import NothingToArchive
 from flywheel_pipeline.archive.export import export_day, export_due
 from flywheel_pipeline.archive.layout import TABLES, Archive
 from flywheel_pipeline.archive.sweep import sweep
@@ -114,7 +115,7 @@ def test_with_writers_and_refreshes_beside_it_no_day_is_called_up_to_date_that_i
                 with own.connect() as connection:
                     transaction = connection.begin()
                     at = NOON + dt.timedelta(days=day)
-                    if chance.random() < 0.5:
+                    if day == 1 and chance.random() < 0.5:  # of the first day no row is added: its number tells nothing
                         values = row(at=at, execution_id=f"w{number}-{turn}")
                         connection.execute(
                             sa.insert(sa.table("execution_telemetry", *map(sa.column, values))).values(values)
@@ -134,7 +135,7 @@ def test_with_writers_and_refreshes_beside_it_no_day_is_called_up_to_date_that_i
                         transaction.rollback()
                     else:
                         transaction.commit()
-                time.sleep(chance.random() * 0.1)
+                time.sleep(0.2 + chance.random())  # now and then nothing waits
         except BaseException as error:  # noqa: BLE001 (shown by the test)
             failures.append(error)
         finally:
@@ -148,13 +149,13 @@ def test_with_writers_and_refreshes_beside_it_no_day_is_called_up_to_date_that_i
         except BaseException as error:  # noqa: BLE001 (shown by the test)
             failures.append(error)
 
-    threads = [threading.Thread(target=writer, args=(n,)) for n in range(4)] + [threading.Thread(target=refresher)]
+    threads = [threading.Thread(target=writer, args=(n,)) for n in range(2)] + [threading.Thread(target=refresher)]
     for thread in threads:
         thread.start()
     looks = up_to_date = exports = 0
-    until = time.monotonic() + 6
+    until = time.monotonic() + 40
     try:
-        while time.monotonic() < until:
+        while (up_to_date < 4 or exports < 6) and time.monotonic() < until:
             with engine.connect() as connection:
                 due = [s.day for s in day_states(connection, folder, today=TODAY, after_days=1) if s.waits]
             for day in due:
@@ -172,8 +173,8 @@ def test_with_writers_and_refreshes_beside_it_no_day_is_called_up_to_date_that_i
         for thread in threads:
             thread.join()
     assert failures == []
-    assert exports > 0
-    assert looks > up_to_date > 0
+    assert exports >= 6
+    assert looks > up_to_date >= 4
     settle(engine)
     export_due(engine, folder, today=TODAY, after_days=1)
     with engine.connect() as connection:
@@ -184,8 +185,6 @@ def test_with_writers_and_refreshes_beside_it_no_day_is_called_up_to_date_that_i
 
 
 def _exported(engine: sa.Engine, archive: Archive, day: dt.date) -> bool:
-    from flywheel_pipeline.archive.errors import NothingToArchive
-
     try:
         export_day(engine, archive, day)
     except NothingToArchive:  # a writer was faster
