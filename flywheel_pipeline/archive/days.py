@@ -158,7 +158,7 @@ def _judge_sealed(
     if broken is not None:
         return State.LOST, broken.message
     if manifest is None:
-        return State.LOST, "It was purged after it was archived, and the archive does not hold it."
+        return State.LOST, "It was purged after it was archived, and no archive that is set holds it."
     if manifest.generation != row.archived_generation or manifest.rows != row.rows_purged:
         return (
             State.LOST,

@@ -98,6 +98,15 @@ class ParquetFiles:
             )
         )
 
+    def abandon(self) -> None:
+        """Let go of the file at work, if any; what is written of it is named by nobody."""
+        if self._at_work is not None:
+            file, self._at_work = self._at_work, None
+            try:
+                file.writer.close()
+            finally:
+                file.sink.stream.close()
+
     def _open(self) -> _File:
         path = f"{self._folder}/{self._generation}-{len(self.files)}.parquet"
         full = self._archive.full_path(path)
@@ -119,16 +128,19 @@ def write_batches(files: ParquetFiles, batches: Iterable[pa.RecordBatch], seen: 
 
     At most two row groups are in memory: the one that is read and the one that is written.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="parquet") as pool:
-        writing: Future[None] | None = None
-        for group in _row_groups(batches):
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="parquet") as pool:
+            writing: Future[None] | None = None
+            for group in _row_groups(batches):
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(files.write, group)
+                seen(group.num_rows)
             if writing is not None:
                 writing.result()
-            writing = pool.submit(files.write, group)
-            seen(group.num_rows)
-        if writing is not None:
-            writing.result()
         files.close()
+    finally:
+        files.abandon()
 
 
 def _row_groups(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -50,21 +50,40 @@ def snapshot_reader(url: URL, snapshot: str) -> Iterator[Any]:
                 cursor.execute("SET LOCAL jit = off")
             yield connection
     except (adbc_driver_manager.OperationalError, adbc_driver_manager.InternalError) as error:
-        raise DatabaseUnavailable(
-            f"The database broke off the export: {str(error).splitlines()[0].rstrip('.')}.",
-            hint="Nothing was changed in the archive; export again.",
-        ) from error
+        raise _broken_off(error) from error
+
+
+def _broken_off(error: Exception) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        f"The database broke off the export: {str(error).strip().splitlines()[0].rstrip('.')}.",
+        hint="Nothing was changed in the archive; export again.",
+    )
 
 
 def day_batches(connection: Any, table: Table, day: dt.date, control: Mapping[str, int]) -> Iterator[pa.RecordBatch]:
-    """Yield a day's rows with all columns of `columns.schema`; `control` says which of them hold values at all."""
+    """Yield a day's rows with all columns of `columns.schema`; `control` says which of them hold values at all.
+
+    Raises:
+        DatabaseUnavailable: the connection broke off.
+    """
     wanted = schema(table)
     columns = [name for name in wanted.names if name != DAY and control.get(name, 1)]
     with connection.cursor() as cursor:
         cursor.adbc_statement.set_options(**{_BATCH_OPTION: str(BATCH_BYTES)})
         cursor.execute(rows_query(table, day, columns))
-        for batch in cursor.fetch_record_batch():
+        for batch in _read(cursor.fetch_record_batch()):
             yield _completed(batch, wanted, day)
+
+
+def _read(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    while True:
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            return
+        except (OSError, pa.ArrowException) as error:  # in mid-stream the driver speaks through Arrow
+            raise _broken_off(error) from error
+        yield batch
 
 
 def _completed(batch: pa.RecordBatch, wanted: pa.Schema, day: dt.date) -> pa.RecordBatch:

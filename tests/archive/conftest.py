@@ -20,7 +20,9 @@ def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Archive]
         return
     root = f"memory://flywheel-{uuid.uuid4().hex}"
     yield Archive.open(root, create=True)
-    fsspec.filesystem("memory").rm(root, recursive=True)
+    memory = fsspec.filesystem("memory")
+    if memory.exists(root):
+        memory.rm(root, recursive=True)
 
 
 @pytest.fixture

@@ -253,12 +253,12 @@ def test_a_file_system_that_refuses_leaves_the_old_day(engine: sa.Engine, folder
 def test_a_database_that_breaks_off_leaves_the_old_day(
     engine: sa.Engine, folder: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "GROUP_ROWS", 1)
-    monkeypatch.setattr("flywheel_pipeline.archive.stream.BATCH_BYTES", 4000)
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 1 << 20)
+    monkeypatch.setattr("flywheel_pipeline.archive.stream.BATCH_BYTES", 1 << 20)
     with engine.begin() as connection:
         connection.exec_driver_sql(
             "INSERT INTO execution_telemetry (execution_id, site_id, runbook_id, hostname, success, started_at, error_message) "
-            "SELECT 'e' || n, 's', 'L1-X', 'h', true, '2026-02-02 12:00+00', repeat(md5(n::text), 100) FROM generate_series(1, 20000) AS n"
+            "SELECT 'e' || n, 's', 'L1-X', 'h', true, '2026-02-02 12:00+00', repeat(md5(n::text), 100) FROM generate_series(1, 4000) AS n"
         )
     settle(engine)
     killer = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT")
@@ -274,4 +274,4 @@ def test_a_database_that_breaks_off_leaves_the_old_day(
         export_day(engine, folder, DAY, progress=break_off)
     killer.dispose()
     assert folder.days() == []
-    assert export_day(engine, folder, DAY).rows == 20000
+    assert export_day(engine, folder, DAY).rows == 4000
