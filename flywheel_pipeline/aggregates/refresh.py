@@ -414,7 +414,9 @@ def touch(
     """
     return int(
         connection.execute(
-            sa.text(f"{_CELLS_OF} INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells"),
+            sa.text(
+                f"{_CELLS_OF} INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells"
+            ),
             {"site": site, "from_day": from_day, "to_day": to_day},
         ).rowcount
     )

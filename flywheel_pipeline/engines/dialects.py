@@ -132,7 +132,9 @@ def _has_true(node: exp.Expression, dialect: Dialect) -> exp.Expression:
             f"schema_of_variant(variant_get(try_parse_json(x), '$.{key}')) = 'BOOLEAN' "
             f"AND get_json_object(x, '$.{key}') = 'true'"
         )
-    return _template(f"CASE WHEN contains(x, '{words}') THEN coalesce({found}, FALSE) ELSE x <> x END", node.this, dialect)
+    return _template(
+        f"CASE WHEN contains(x, '{words}') THEN coalesce({found}, FALSE) ELSE x <> x END", node.this, dialect
+    )
 
 
 def _captured(node: exp.Expression, dialect: Dialect) -> exp.Expression:
@@ -192,9 +194,10 @@ def _spark(node: exp.Expression) -> exp.Expression:
         value = node.expression.expressions[0].this
         exact = f"percentile_disc({node.this.this.sql()}) WITHIN GROUP (ORDER BY x)"
         # Not parsed: sqlglot would give it back as an approximation. It is a double there, whatever went in.
-        return exp.Cast(this=exp.Var(this=exact.replace("(ORDER BY x)", f"(ORDER BY {value.sql(dialect='spark')})")), to=value.type)
+        return exp.Cast(
+            this=exp.Var(this=exact.replace("(ORDER BY x)", f"(ORDER BY {value.sql(dialect='spark')})")), to=value.type
+        )
     return node
-
 
 
 def _is_indexed(node: exp.Expression) -> bool:

@@ -35,7 +35,8 @@ class DuckEngine:
         """Raises EngineNotInstalled where the extra is missing."""
         if importlib.util.find_spec("duckdb") is None:
             raise EngineNotInstalled(
-                "The engine duckdb is not installed.", hint="Install the extra: pip install 'flywheel-pipeline[duckdb]'."
+                "The engine duckdb is not installed.",
+                hint="Install the extra: pip install 'flywheel-pipeline[duckdb]'.",
             )
 
     def compute(self, job: Job) -> Iterator[tuple[Step, Iterator[pa.RecordBatch]]]:
@@ -85,7 +86,9 @@ def prepare(session: duckdb.DuckDBPyConnection, job: Job) -> None:
             parts.append(f"SELECT {columns} FROM read_parquet([{listed}], hive_partitioning = false)")  # noqa: S608
     if not parts:
         declared = execution_telemetry.columns
-        session.register("arrow_nothing", pa.table({n: pa.nulls(0, arrow_type(declared[n])) for n in job.plan.telemetry}))
+        session.register(
+            "arrow_nothing", pa.table({n: pa.nulls(0, arrow_type(declared[n])) for n in job.plan.telemetry})
+        )
         parts.append(f"SELECT {columns} FROM arrow_nothing")  # noqa: S608
     source = "\nUNION ALL\n".join(parts)
     wanted = ""

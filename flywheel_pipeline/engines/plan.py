@@ -150,7 +150,9 @@ def _tree(
         query.set("expressions", [part for part in query.expressions if part.output_name in keep])
     inside = [m for m in graph.inlined_path(model) if m.materialized == "view" and m not in shared]
     for view in reversed(inside):
-        query = query.with_(view.name, as_=view.expression.copy(), copy=False)  # outermost last: each reads those before it
+        query = query.with_(
+            view.name, as_=view.expression.copy(), copy=False
+        )  # outermost last: each reads those before it
     for name in sorted(model.dependencies - {TELEMETRY}):
         upstream = graph.models.get(name)
         if upstream is not None and upstream.materialized != "cell" and upstream not in (*shared, *inside):
@@ -181,7 +183,9 @@ def _refuse(model: SqlModel, problem: str, dialect: str | None, cause: Exception
 
 def _in_scope(sql: str, *, apart: bool) -> str:
     site, day = (f"{_PARTIAL}site_id", f"{_PARTIAL}day") if apart else ("site_id", "day")
-    return f"SELECT m.* FROM (\n{sql}\n) AS m WHERE (m.{site}, m.{day}) IN (SELECT s.site_id, s.day FROM scope_days AS s)"
+    return (
+        f"SELECT m.* FROM (\n{sql}\n) AS m WHERE (m.{site}, m.{day}) IN (SELECT s.site_id, s.day FROM scope_days AS s)"
+    )
 
 
 def _apart(model: SqlModel, tree: exp.Select, dialect: Dialect) -> tuple[exp.Select, str | None]:
@@ -209,7 +213,12 @@ def _apart(model: SqlModel, tree: exp.Select, dialect: Dialect) -> tuple[exp.Sel
         if isinstance(node, exp.Avg) and not isinstance(node.parent, exp.Filter):
             total, count = exp.Sum(this=node.this.copy()), exp.Count(this=node.this.copy())
             total.type = exp.DataType.build("DECIMAL")
-            return exp.Paren(this=exp.Div(this=exp.cast(partial(total), "DECIMAL"), expression=exp.Nullif(this=partial(count), expression=exp.Literal.number(0))))
+            return exp.Paren(
+                this=exp.Div(
+                    this=exp.cast(partial(total), "DECIMAL"),
+                    expression=exp.Nullif(this=partial(count), expression=exp.Literal.number(0)),
+                )
+            )
         whole = isinstance(node, exp.AggFunc | exp.Filter | exp.Window) or node.sql(dialect="postgres") in keys
         if whole or isinstance(node, exp.Column):
             return partial(node)

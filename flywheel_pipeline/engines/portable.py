@@ -132,7 +132,7 @@ def _ordered(node: exp.Expression) -> None:
     if isinstance(inner, exp.Anonymous) and inner.name == BYTES_ORDER:
         return
     if is_text(inner):
-        raise Refusal(inner, "the order of text depends on the database's language; say COLLATE \"C\"")
+        raise Refusal(inner, 'the order of text depends on the database\'s language; say COLLATE "C"')
     if _kind(inner) not in _COMPARED and not isinstance(inner, exp.ArrayPosition | exp.Window):
         raise Refusal(inner, "its type is not known, and so neither its order")
 
@@ -310,7 +310,7 @@ def capture(pattern: str) -> tuple[str, str]:
         rest = rest[atom.end() :]
         repeat = rest[0] if rest[:1] in ("*", "+", "?") else ""
         rest = rest[len(repeat) :]
-        if rest[:1] in ("*", "+", "?", "{") :
+        if rest[:1] in ("*", "+", "?", "{"):
             raise ValueError("a repetition that is not greedy, or counted, is not known to be the same everywhere")
         literal = literal and len(atom[0]) == 1 and atom[0] != "." and not repeat
         prefix += atom[0] if literal else ""

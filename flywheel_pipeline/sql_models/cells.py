@@ -261,9 +261,7 @@ def recompute(
     Raises:
         ModelError: the SELECT gives two rows with one key, or a null in the key.
     """
-    query = computed or cell_query(
-        graph, model, everything=everything, scope=scope, telemetry=telemetry, views=views
-    )
+    query = computed or cell_query(graph, model, everything=everything, scope=scope, telemetry=telemetry, views=views)
     table = f"{SCHEMA}.{model.name}"
     names = ", ".join(quote(column) for column in model.columns)
     if changed is not None:

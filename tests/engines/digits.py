@@ -125,7 +125,19 @@ ERRORS = st.sampled_from(
     ]
 )  # fmt: skip
 PATTERNS = st.sampled_from(
-    ["%ÄRGER%", "%straße%", "%100\\%%", "a\\_b", "a_b", "back\\\\slash", "\\o\\d\\d%", "%σίσυφος%", "𐐨", "i%happened", "K%", "%"]
+    [
+        "%ÄRGER%",
+        "%straße%",
+        "%100\\%%",
+        "a\\_b",
+        "a_b",
+        "back\\\\slash",
+        "\\o\\d\\d%",
+        "%σίσυφος%",
+        "𐐨",
+        "i%happened",
+        "K%",
+    ]
 )
 # Ends of days, of a leap day, and moments that local time has twice or never; each once more, so that there are ties.
 MOMENTS = st.sampled_from(

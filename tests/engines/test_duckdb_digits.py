@@ -61,7 +61,9 @@ def test_every_trap_is_equal(engine: sa.Engine, name: str) -> None:
 def odd_rows(engine: sa.Engine, rows: list[dict[str, Any]], patterns: list[str]) -> None:
     """Nothing but these rows, class rules with these patterns, and an alias that ends in between."""
     with engine.begin() as connection:
-        connection.exec_driver_sql("DELETE FROM execution_telemetry; DELETE FROM outcome_class_rules WHERE rule_name LIKE 'odd%%'")
+        connection.exec_driver_sql(
+            "DELETE FROM execution_telemetry; DELETE FROM outcome_class_rules WHERE rule_name LIKE 'odd%%'"
+        )
         connection.exec_driver_sql("DELETE FROM site_aliases; DELETE FROM rule_aliases")
         connection.exec_driver_sql(
             "INSERT INTO site_aliases (alias, site_id, valid_to, actor, reason) "

@@ -31,7 +31,8 @@ TELEMETRY = {
 def translated(expression: str, dialect: Dialect) -> str:
     """One expression over telemetry in an engine's words, on one line."""
     tree = qualified(
-        marked(inline(parse_one(f"SELECT {expression} AS x FROM execution_telemetry AS t", dialect="postgres"))), TELEMETRY
+        marked(inline(parse_one(f"SELECT {expression} AS x FROM execution_telemetry AS t", dialect="postgres"))),
+        TELEMETRY,
     )
     check(tree)
     said = " ".join(render(tree, dialect).split())
@@ -73,7 +74,7 @@ PINS = [
         "NULLIF(ARRAY_POSITION(ARRAY('a', 'b'), t.action), 0)",
     ),
     (
-        "(array_agg(action ORDER BY event_at DESC, execution_id COLLATE \"C\" DESC) FILTER (WHERE success))[1]",
+        '(array_agg(action ORDER BY event_at DESC, execution_id COLLATE "C" DESC) FILTER (WHERE success))[1]',
         "ARG_MAX_NULL(t.action, ROW(t.event_at, t.execution_id)) FILTER(WHERE t.success)",
         "MAX_BY(t.action, STRUCT(t.event_at, t.execution_id)) FILTER(WHERE t.success)",
     ),
@@ -126,7 +127,7 @@ def test_what_differs_in_silence_is_said_in_each_engines_words(given: str, duckd
         ("event_at + interval '1 month'", "an interval is so many"),
         ("flywheel_runbook_problem(action, action)", "a function of the database"),
         ("to_char(event_at, 'YYYY')", "not known to be the same"),
-        ("action COLLATE \"de_DE\"", "only the collation C"),
+        ('action COLLATE "de_DE"', "only the collation C"),
     ],
 )
 def test_what_an_engine_would_compute_differently_is_refused(expression: str, why: str) -> None:
@@ -187,7 +188,9 @@ def model_folder(tmp_path: Path, figure: str, kind: str = "double precision") ->
 
 def test_a_model_that_no_engine_computes_is_refused_by_name(tmp_path: Path) -> None:
     graph = load_models(model_folder(tmp_path, "sum(duration_seconds) * 2"))
-    with pytest.raises(NotPortable, match=r"figures.sql:\d+: figures cannot be computed by spark: `SUM\(.*only sums of integers"):
+    with pytest.raises(
+        NotPortable, match=r"figures.sql:\d+: figures cannot be computed by spark: `SUM\(.*only sums of integers"
+    ):
         build_plan(graph, "spark")
 
 
