@@ -5,6 +5,7 @@ Belongs here: processes. Does not belong here: jobs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -51,8 +52,20 @@ class Cluster:
 
     def executors(self, worker: subprocess.Popen[bytes]) -> list[int]:
         """Processes that this worker started: they compute."""
-        threads = Path(f"/proc/{worker.pid}/task")
-        return [int(pid) for thread in threads.iterdir() for pid in (thread / "children").read_text().split()]
+        found: list[int] = []
+        for thread in Path(f"/proc/{worker.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+                found += [int(pid) for pid in (thread / "children").read_text().split()]
+        return found
+
+    def worked_seconds(self, worker: subprocess.Popen[bytes]) -> float:
+        """CPU seconds of what this worker started, as far as it still runs."""
+        ticks = 0
+        for pid in self.executors(worker):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(told[11]) + int(told[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def kill(self, worker: subprocess.Popen[bytes]) -> None:
         """End a worker and all that it started, as a machine that loses its power does."""

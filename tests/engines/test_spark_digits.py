@@ -104,20 +104,20 @@ def test_a_worker_killed_in_mid_job_changes_no_digit(engine: sa.Engine, two_work
     refresh.rebuild(engine)
     archive = Archive.open(tmp_path / "archive", create=True)
     export_due(engine, archive, today=dt.date(2026, 2, 20), after_days=0)
-    killed: list[list[int]] = []
+    killed: list[float] = []
 
     def kill_at_work() -> None:
         victim = two_workers.workers[0]
-        while not (at_work := two_workers.executors(victim)):
+        # Of some 30 seconds that each worker's executor has to do: it has tasks, and holds results of others.
+        while (worked := two_workers.worked_seconds(victim)) < 12:
             time.sleep(0.1)
-        time.sleep(6)  # it has registered and taken tasks; the job goes on for longer than that
-        killed.append(at_work)
         two_workers.kill(victim)
+        killed.append(worked)
 
     killer = threading.Thread(target=kill_at_work, daemon=True)
     killer.start()
     found = differences(engine, SparkEngine(two_workers.url), archive)
-    killer.join(timeout=1)
+    killer.join(timeout=5)
     assert killed, "the job was over before the worker was killed"
     assert two_workers.workers[0].returncode == -9
     assert found == {}
