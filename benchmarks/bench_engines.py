@@ -50,6 +50,17 @@ _COUNTS = [
 _COUNTS += ["escalated", "suppressed", "unverified", "failures", "successes", "refired"]
 _SUMS = ", ".join(f"sum({name})::bigint AS {name}" for name in _COUNTS)
 BY_HAND = {
+    "telemetry_violations": """
+SELECT * FROM (
+  SELECT site_id, event_at::date AS day, execution_id, CASE
+    WHEN event_at > created_at + INTERVAL 10 MINUTE OR event_at < created_at - INTERVAL 730 DAY THEN 'skewed_clock'
+    WHEN trim(execution_id) = '' OR trim(site_id) = '' OR trim(hostname) = '' OR trim(runbook_id) = '' THEN 'blank_identity'
+    WHEN resolution_level NOT IN ('L1', 'L2', 'L3') THEN 'unknown_level'
+    WHEN duration_seconds < 0 OR completed_at < started_at THEN 'bad_duration'
+    WHEN success <> (status = 'success') AND status IN ('success', 'failure') THEN 'contradiction' END AS problem,
+    event_at, created_at, resolution_level, success, status
+  FROM log
+) WHERE problem IS NOT NULL""",
     "classes": """
 CREATE TEMP TABLE classes AS
 SELECT s.error_message, arg_min(r.outcome_class, list_position(
@@ -111,7 +122,7 @@ FROM episodes WHERE level = 'L2' GROUP BY site_id, day, incident_type, runbook_i
 }
 _LOGGED = (
     "execution_id, site_id, appliance_id, hostname, platform, incident_type, agent_version, success, resolution_level, "
-    "runbook_id, error_message, chaos_campaign_id, verification_passed"
+    "runbook_id, error_message, chaos_campaign_id, verification_passed, status, duration_seconds, started_at, completed_at"
 )
 
 
@@ -212,7 +223,7 @@ def measure(quick: bool, spark: bool) -> list[Line]:
                 postgres = time.perf_counter() - begun
                 right = contents(engine)
                 rounds = []
-                for _ in range(2 if quick or rows < 10_000_000 else 1):
+                for _ in range(3 if rows < 10_000_000 else 2):
                     empty(engine)
                     timed = Timed()
                     begun = time.perf_counter()
@@ -227,7 +238,7 @@ def measure(quick: bool, spark: bool) -> list[Line]:
                     f"by hand {hand:.1f} s; figures equal",
                     flush=True,
                 )
-                ahead = ahead or (rows if whole < postgres else None)
+                ahead = (ahead or rows) if whole < postgres else None
                 if spark:
                     empty(engine)
                     begun = time.perf_counter()

@@ -11,8 +11,9 @@ array_agg(... ORDER BY ...) into collect_list, and percentile_disc into an appro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sqlglot import exp, parse_one
 
@@ -63,32 +64,33 @@ def _text(value: str, dialect: Dialect) -> str:
     return exp.Literal.string(value).sql(dialect=dialect)
 
 
-def render(tree: exp.Expression, dialect: Dialect) -> str:
+def render(tree: exp.Expr, dialect: Dialect) -> str:
     """Return the SQL of a checked tree in an engine's dialect. Times are without a zone there, all of them UTC."""
 
-    def rewrite(node: exp.Expression) -> exp.Expression:
+    def rewrite(node: exp.Expr) -> exp.Expr:
         replaced = _common(node, dialect)
-        return _spark(replaced) if dialect == "spark" else _duckdb(replaced)
+        made: exp.Expr = _spark(replaced) if dialect == "spark" else _duckdb(replaced)
+        return made
 
     return _bottom_up(tree.copy(), rewrite).sql(dialect=dialect, pretty=True, comments=False)
 
 
-def _bottom_up(node: exp.Expression, rewrite: object) -> exp.Expression:
+def _bottom_up(node: exp.Expr, rewrite: Callable[[exp.Expr], exp.Expr]) -> exp.Expr:
     """Rewrite children before what holds them: what is made of two nodes sees them as the model has them."""
     for part in reversed(list(node.walk())):
-        made = rewrite(part)  # type: ignore[operator]
+        made = rewrite(part)
         if made is not part:
             if part is node:
-                return made  # type: ignore[no-any-return]
+                return made
             part.replace(made)
     return node
 
 
-def _call(name: str, *arguments: exp.Expression) -> exp.Expression:
+def _call(name: str, *arguments: exp.Expr) -> exp.Expr:
     return exp.Anonymous(this=name, expressions=list(arguments))
 
 
-def _common(node: exp.Expression, dialect: Dialect) -> exp.Expression:
+def _common(node: Any, dialect: Dialect) -> Any:
     if isinstance(node, exp.Anonymous) and node.name == BYTES_ORDER:
         return node.expressions[0]
     if isinstance(node, exp.AtTimeZone):
@@ -122,7 +124,7 @@ def _common(node: exp.Expression, dialect: Dialect) -> exp.Expression:
     return node
 
 
-def _has_true(node: exp.Expression, dialect: Dialect) -> exp.Expression:
+def _has_true(node: Any, dialect: Dialect) -> Any:
     """`x @> '{"key": true}'`: the words are sought first, in jsonb's own spelling; JSON is read only where they stand."""
     key, words = true_key(node) or "", f'"{true_key(node)}": true'
     if dialect == "duckdb":
@@ -137,7 +139,7 @@ def _has_true(node: exp.Expression, dialect: Dialect) -> exp.Expression:
     )
 
 
-def _captured(node: exp.Expression, dialect: Dialect) -> exp.Expression:
+def _captured(node: Any, dialect: Dialect) -> Any:
     """`substring(x FROM '^prefix(...)')`: null where it does not match. The prefix is sought first: that costs least."""
     prefix, pattern = capture(node.args["start"].name)
     starts = "starts_with" if dialect == "duckdb" else "startswith"
@@ -149,14 +151,14 @@ def _captured(node: exp.Expression, dialect: Dialect) -> exp.Expression:
     )
 
 
-def _template(text: str, value: exp.Expression, dialect: Dialect) -> exp.Expression:
-    def put(part: exp.Expression) -> exp.Expression:
+def _template(text: str, value: exp.Expr, dialect: Dialect) -> exp.Expr:
+    def put(part: exp.Expr) -> exp.Expr:
         return value.copy() if isinstance(part, exp.Column) and part.name == "x" and not part.table else part
 
     return exp.Paren(this=parse_one(text, dialect=dialect).transform(put))
 
 
-def _first_of(node: exp.Expression, dialect: Dialect) -> exp.Expression:
+def _first_of(node: Any, dialect: Dialect) -> Any:
     """`(array_agg(x ORDER BY a DESC, b DESC))[1]`: the x of the greatest (a, b), be it null."""
     inner = node.this.unnest()
     aggregate = inner.this if isinstance(inner, exp.Filter) else inner
@@ -169,13 +171,13 @@ def _first_of(node: exp.Expression, dialect: Dialect) -> exp.Expression:
     return exp.Filter(this=picked, expression=inner.expression.copy()) if isinstance(inner, exp.Filter) else picked
 
 
-def _duckdb(node: exp.Expression) -> exp.Expression:
+def _duckdb(node: Any) -> Any:
     if isinstance(node, exp.WithinGroup):
         return _call("quantile_disc", node.expression.expressions[0].this, node.this.this)
     return node
 
 
-def _spark(node: exp.Expression) -> exp.Expression:
+def _spark(node: Any) -> Any:
     if isinstance(node, exp.ArrayPosition):
         return exp.Nullif(this=_call("array_position", node.this, node.expression), expression=exp.Literal.number(0))
     if isinstance(node, exp.Window) and isinstance(node.this, exp.Filter):
@@ -200,7 +202,7 @@ def _spark(node: exp.Expression) -> exp.Expression:
     return node
 
 
-def _is_indexed(node: exp.Expression) -> bool:
+def _is_indexed(node: exp.Expr) -> bool:
     above = node.parent
     while isinstance(above, exp.Filter | exp.Paren):
         above = above.parent

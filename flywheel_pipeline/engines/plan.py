@@ -167,7 +167,7 @@ def _tree(
     return tree
 
 
-def _checked(model: SqlModel, tree: exp.Expression, dialect: Dialect) -> str:
+def _checked(model: SqlModel, tree: exp.Expr, dialect: Dialect) -> str:
     try:
         check(tree)
     except Refusal as refusal:
@@ -196,9 +196,9 @@ def _apart(tree: exp.Select) -> tuple[exp.Select, str | None]:
     if tree.args.get("distinct") or tree.args.get("order") or tree.args.get("limit"):
         return tree, None  # the check says what it is that does not pass
     engine = tree.copy()
-    partials: dict[str, tuple[str, exp.Expression]] = {}
+    partials: dict[str, tuple[str, exp.Expr]] = {}
 
-    def partial(node: exp.Expression, name: str | None = None) -> exp.Expression:
+    def partial(node: exp.Expr, name: str | None = None) -> exp.Expr:
         key = node.sql(dialect="postgres")
         if key not in partials:
             partials[key] = (name or f"{_PARTIAL}{len(partials)}", node.copy())
@@ -210,7 +210,7 @@ def _apart(tree: exp.Select) -> tuple[exp.Select, str | None]:
     for name in ("site_id", "day"):
         partial(projections[name].unalias(), f"{_PARTIAL}{name}")
 
-    def split(node: exp.Expression) -> exp.Expression:
+    def split(node: exp.Expr) -> exp.Expr:
         if isinstance(node, exp.Avg) and not isinstance(node.parent, exp.Filter):
             total, count = exp.Sum(this=node.this.copy()), exp.Count(this=node.this.copy())
             total.type = exp.DataType.build("DECIMAL")
@@ -224,10 +224,10 @@ def _apart(tree: exp.Select) -> tuple[exp.Select, str | None]:
         if whole or isinstance(node, exp.Column):
             return partial(node)
         for name, value in list(node.args.items()):
-            if isinstance(value, exp.Expression):
+            if isinstance(value, exp.Expr):
                 node.set(name, split(value))
             elif isinstance(value, list):
-                node.set(name, [split(part) if isinstance(part, exp.Expression) else part for part in value])
+                node.set(name, [split(part) if isinstance(part, exp.Expr) else part for part in value])
         return node
 
     last = [exp.alias_(split(part.unalias().copy()), part.output_name) for part in tree.expressions]
@@ -236,7 +236,7 @@ def _apart(tree: exp.Select) -> tuple[exp.Select, str | None]:
     return engine, query.sql(dialect="postgres")
 
 
-def _passes(node: exp.Expression) -> bool:
+def _passes(node: exp.Expr) -> bool:
     try:
         check(node)
     except Refusal:

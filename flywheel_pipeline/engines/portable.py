@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from sqlglot import exp
@@ -47,15 +48,15 @@ _PLAIN = (
 class Refusal(Exception):
     """A construct that an engine may compute differently, in the words of the model."""
 
-    def __init__(self, node: exp.Expression, why: str) -> None:
+    def __init__(self, node: exp.Expr, why: str) -> None:
         said = " ".join(node.sql(dialect="postgres", comments=False).split())
         super().__init__(f"`{said if len(said) <= 120 else said[:117] + '...'}`: {why}")
 
 
-def marked(tree: exp.Expression) -> exp.Expression:
+def marked(tree: exp.Expr) -> exp.Expr:
     """Return the tree with `COLLATE "C"` as a mark; another collation is refused."""
 
-    def mark(node: exp.Expression) -> exp.Expression:
+    def mark(node: exp.Expr) -> exp.Expr:
         if isinstance(node, exp.Collate):
             if node.expression.name != "C":
                 raise Refusal(node, "only the collation C is the same everywhere")
@@ -65,7 +66,7 @@ def marked(tree: exp.Expression) -> exp.Expression:
     return tree.transform(mark)
 
 
-def qualified(tree: exp.Expression, schema: Mapping[str, Mapping[str, str]]) -> exp.Expression:
+def qualified(tree: exp.Expr, schema: Mapping[str, Mapping[str, str]]) -> exp.Expr:
     """Return the tree with each column under its relation, and with the types that follow from `schema`."""
     try:
         found = qualify(tree, schema=dict(schema), dialect="postgres", quote_identifiers=False, identify=False)
@@ -74,7 +75,7 @@ def qualified(tree: exp.Expression, schema: Mapping[str, Mapping[str, str]]) -> 
         raise Refusal(tree, f"it cannot be analysed ({error})") from error
 
 
-def check(tree: exp.Expression) -> None:
+def check(tree: exp.Expr) -> None:
     """Refuse the first construct that is not known to give the same result on every engine.
 
     Raises:
@@ -88,7 +89,7 @@ def check(tree: exp.Expression) -> None:
             raise Refusal(node, f"{type(node).__name__} is not known to be the same on every engine")
 
 
-def is_text(node: exp.Expression) -> bool:
+def is_text(node: exp.Expr) -> bool:
     """Whether the expression is known to be text."""
     if isinstance(node, exp.Paren):
         return is_text(node.this)
@@ -114,7 +115,7 @@ def _text_names() -> frozenset[str]:
     return frozenset(name for name, found in kinds.items() if found == {True})
 
 
-def not_null(node: exp.Expression) -> bool:
+def not_null(node: exp.Expr) -> bool:
     """Whether a column can never be null: in telemetry, and so wherever it is handed on under its name."""
     if isinstance(node, exp.Anonymous) and node.name == BYTES_ORDER:
         return not_null(node.expressions[0])
@@ -122,12 +123,12 @@ def not_null(node: exp.Expression) -> bool:
     return column is not None and (not column.nullable or column.name == "event_at")
 
 
-def _kind(node: exp.Expression) -> exp.DataType.Type | None:
+def _kind(node: exp.Expr) -> Any:
     kind = node.type
     return kind.this if isinstance(kind, exp.DataType) else None
 
 
-def _ordered(node: exp.Expression) -> None:
+def _ordered(node: exp.Expr) -> None:
     inner = (node.this if isinstance(node, exp.Ordered) else node).unnest()
     if isinstance(inner, exp.Anonymous) and inner.name == BYTES_ORDER:
         return
@@ -137,17 +138,17 @@ def _ordered(node: exp.Expression) -> None:
         raise Refusal(inner, "its type is not known, and so neither its order")
 
 
-def _compared(node: exp.Expression) -> None:
+def _compared(node: Any) -> None:
     for side in (node.left, node.right):
         _ordered(side)
 
 
-def _sum(node: exp.Expression) -> None:
+def _sum(node: exp.Expr) -> None:
     if _kind(node.this) not in _EXACT:
         raise Refusal(node, "only sums of integers and decimals are exact in every order")
 
 
-def _added(node: exp.Expression) -> None:
+def _added(node: Any) -> None:
     sides = (node.left, node.right)
     if all(_kind(side) in _EXACT for side in sides):
         return
@@ -156,13 +157,13 @@ def _added(node: exp.Expression) -> None:
     raise Refusal(node, "only integers, decimals, and times with an interval are added")
 
 
-def _interval(node: exp.Expression) -> None:
+def _interval(node: exp.Expr) -> None:
     unit = node.text("unit").upper().rstrip("S")
     if unit not in ("SECOND", "MINUTE", "HOUR", "DAY") or not re.fullmatch(r"\d+", node.this.name):
         raise Refusal(node, "an interval is so many seconds, minutes, hours or days")
 
 
-def _cast(node: exp.Expression) -> None:
+def _cast(node: Any) -> None:
     target, source = node.to.this, _kind(node.this)
     if target in _TEXT and is_text(node.this):
         return
@@ -175,27 +176,27 @@ def _cast(node: exp.Expression) -> None:
     raise Refusal(node, "the cast is spelled or rounded differently elsewhere")
 
 
-def _zone(node: exp.Expression) -> None:
+def _zone(node: exp.Expr) -> None:
     if node.args["zone"].name != "UTC" or _kind(node.this) != exp.DataType.Type.TIMESTAMPTZ:
         raise Refusal(node, "times are UTC; only AT TIME ZONE 'UTC' of a stored time is known everywhere")
 
 
-def _trim(node: exp.Expression) -> None:
+def _trim(node: exp.Expr) -> None:
     if node.args.get("expression") is not None or node.args.get("position") not in (None, "BOTH"):
         raise Refusal(node, "only btrim of spaces is known everywhere")
 
 
-def _like(node: exp.Expression) -> None:
+def _like(node: exp.Expr) -> None:
     if node.expression.is_string and "\\" in node.expression.name:
         raise Refusal(node, "a backslash in a pattern is read differently elsewhere")
 
 
-def _contains(node: exp.Expression) -> None:
+def _contains(node: exp.Expr) -> None:
     if true_key(node) is None:
         raise Refusal(node, "of jsonb, only `@> '{\"key\": true}'` with a plain key is known everywhere")
 
 
-def _substring(node: exp.Expression) -> None:
+def _substring(node: exp.Expr) -> None:
     start = node.args.get("start")
     if not isinstance(start, exp.Literal) or not start.is_string or node.args.get("length") is not None:
         raise Refusal(node, "of substring, only that FROM a regular expression is known everywhere")
@@ -205,7 +206,7 @@ def _substring(node: exp.Expression) -> None:
         raise Refusal(node, str(error)) from error
 
 
-def _array_agg(node: exp.Expression) -> None:
+def _array_agg(node: exp.Expr) -> None:
     order = node.this
     above = node.parent.parent if isinstance(node.parent, exp.Filter) else node.parent
     while isinstance(above, exp.Paren):
@@ -223,18 +224,18 @@ def _array_agg(node: exp.Expression) -> None:
         raise Refusal(node, "an array is ordered by its own elements, ascending")
 
 
-def _bracket(node: exp.Expression) -> None:
+def _bracket(node: exp.Expr) -> None:
     inner = node.this.unnest()
     if not isinstance(inner.this if isinstance(inner, exp.Filter) else inner, exp.ArrayAgg):
         raise Refusal(node, "only the first element of an array_agg is known everywhere")
 
 
-def _percentile(node: exp.Expression) -> None:
+def _percentile(node: exp.Expr) -> None:
     if not isinstance(node.parent, exp.WithinGroup):
         raise Refusal(node, "a percentile stands WITHIN GROUP")
 
 
-def _within(node: exp.Expression) -> None:
+def _within(node: exp.Expr) -> None:
     # percentile_cont interpolates, and each engine rounds that in its own way; a stored value is nobody's to round.
     if not isinstance(node.this, exp.PercentileDisc) or not node.this.this.is_number:
         raise Refusal(node, "it interpolates in floating point; percentile_disc gives a stored value")
@@ -245,20 +246,20 @@ def _within(node: exp.Expression) -> None:
             raise Refusal(node, "a percentile counts from below")
 
 
-def _window_spec(node: exp.Expression) -> None:
+def _window_spec(node: exp.Expr) -> None:
     for side in ("start", "end"):
         bound = node.args.get(side)
         if isinstance(bound, exp.Literal) and bound.is_string and span(bound.name) is None:
             raise Refusal(node, "a frame is CURRENT ROW, UNBOUNDED, or so many seconds, minutes, hours or days")
 
 
-def _anonymous(node: exp.Expression) -> None:
+def _anonymous(node: exp.Expr) -> None:
     if node.name == BYTES_ORDER:
         return
     raise Refusal(node, "it is a function of the database, and no plain expression that could stand in its place")
 
 
-def _extreme(node: exp.Expression) -> None:
+def _extreme(node: exp.Expr) -> None:
     _ordered(node.this)
 
 
@@ -268,7 +269,7 @@ def span(text: str) -> tuple[str, str] | None:
     return (match[1], match[2].upper()) if match else None
 
 
-def true_key(node: exp.Expression) -> str | None:
+def true_key(node: exp.Expr) -> str | None:
     """Return K where a containment is `@> '{"K": true}'` with a plain key; else None."""
     match = re.fullmatch(r'\{"([A-Za-z0-9_]+)": ?true\}', node.expression.name)
     return match[1] if match and node.expression.is_string else None
@@ -320,7 +321,7 @@ def capture(pattern: str) -> tuple[str, str]:
     return prefix, out
 
 
-_RULES = {
+_RULES: dict[type[exp.Expr], Callable[[Any], None]] = {
     exp.Ordered: _ordered,
     exp.Max: _extreme,
     exp.Min: _extreme,

@@ -27,7 +27,7 @@ class Routine:
 
     name: str
     parameters: tuple[str, ...]
-    body: exp.Expression
+    body: exp.Expr
 
 
 @functools.cache
@@ -51,16 +51,16 @@ def _given(query: exp.Select) -> list[str]:
     return [name for name, value in query.args.items() if value]
 
 
-def inline(tree: exp.Expression) -> exp.Expression:
+def inline(tree: exp.Expr) -> exp.Expr:
     """Return the tree with the body of each such function in place of its calls, whatever they are nested in."""
 
-    def replace(node: exp.Expression) -> exp.Expression:
+    def replace(node: exp.Expr) -> exp.Expr:
         if not isinstance(node, exp.Anonymous) or node.name.lower() not in routines():
             return node
         routine = routines()[node.name.lower()]
         given = dict(zip(routine.parameters, (inline(argument) for argument in node.expressions), strict=True))
 
-        def argument(part: exp.Expression) -> exp.Expression:
+        def argument(part: exp.Expr) -> exp.Expr:
             if isinstance(part, exp.Column) and not part.table and part.name in given:
                 value = given[part.name].copy()
                 return value if isinstance(value, exp.Column | exp.Literal) else exp.Paren(this=value)
