@@ -105,9 +105,7 @@ def _all_there(engine: sa.Engine, _batch: Batch, _tags: Mapping[str, str]) -> Fi
     settings = get_settings()
     archive = configured_archive(settings)
     with engine.connect() as connection:
-        return archived_and_live_are_all(
-            connection, archive, today=_today(), after_days=settings.archive_after_days
-        )
+        return archived_and_live_are_all(connection, archive, today=_today(), after_days=settings.archive_after_days)
 
 
 archive_checks = check_step(

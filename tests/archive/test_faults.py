@@ -24,6 +24,7 @@ from flywheel_pipeline.archive.layout import TABLES, Archive
 from flywheel_pipeline.archive.sweep import sweep
 from flywheel_pipeline.database import roles
 from flywheel_pipeline.database.engine import open_engine
+from flywheel_pipeline.errors import DatabaseUnavailable
 
 # The export itself, stopped after its first row group: what is killed has written half of a file.
 EXPORT_AND_WAIT = """
@@ -32,6 +33,7 @@ from flywheel_pipeline.archive import parquet, stream
 from flywheel_pipeline.archive.export import export_day
 from flywheel_pipeline.archive.layout import Archive
 from flywheel_pipeline.database.engine import open_engine
+from flywheel_pipeline.errors import DatabaseUnavailable
 parquet.GROUP_BYTES = 1 << 18
 stream.BATCH_BYTES = 1 << 16
 def stop(day, rows, of):
@@ -231,3 +233,23 @@ def test_the_pipelines_role_may_export_and_a_reader_may_not(engine: sa.Engine, f
             export_day(other, folder, DAY)
         other.dispose()
     assert folder.verify(DAY).rows == 1
+
+
+def test_an_export_that_lost_its_lock_is_not_published(engine: sa.Engine, folder: Archive) -> None:
+    write(engine, row())
+    settle(engine)
+    administrator = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT")
+
+    def take_the_lock_away(_day: dt.date, _rows: int, _of: int) -> None:
+        with administrator.connect() as connection:
+            ended = connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE relation = 'day_versions'::regclass "
+                "AND mode = 'ShareUpdateExclusiveLock' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            ).scalars()
+            assert list(ended) == [True]
+
+    with pytest.raises(DatabaseUnavailable, match="broke off the export"):
+        export_day(engine, folder, DAY, progress=take_the_lock_away)
+    administrator.dispose()
+    assert folder.days() == []
+    assert export_day(engine, folder, DAY).rows == 1
