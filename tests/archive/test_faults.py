@@ -34,8 +34,8 @@ from flywheel_pipeline.archive.export import export_day
 from flywheel_pipeline.archive.layout import Archive
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.errors import DatabaseUnavailable
-parquet.GROUP_BYTES = 1 << 18
-stream.BATCH_BYTES = 1 << 16
+parquet.GROUP_BYTES = 1 << 17
+stream.BATCH_BYTES = 1 << 15
 def stop(day, rows, of):
     assert 0 < rows < of
     print(rows, flush=True)
@@ -66,7 +66,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
     settle(engine)
     if before != "nothing":
         export_day(engine, folder, DAY)
-    fill(engine, 6000)
+    fill(engine, 3000)
     process = subprocess.Popen(
         [sys.executable, "-c", EXPORT_AND_WAIT, database_url, folder.root, DAY.isoformat()],
         stdout=subprocess.PIPE,
@@ -74,7 +74,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert process.stdout is not None
-    while int(process.stdout.readline()) <= 3000:
+    while int(process.stdout.readline()) <= 1500:
         pass
     half_written = set(Path(folder.root, "executions").rglob("*.parquet"))
     process.send_signal(signal.SIGKILL)
@@ -87,7 +87,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
         folder.verify(DAY)
         assert state_of(engine, folder).state is State.CORRECTED
     (made,) = export_due(engine, folder, today=TODAY, after_days=1).exported
-    assert made.rows == 6001
+    assert made.rows == 3001
     folder.verify(DAY)
     named = {Path(folder.full_path(file.path)) for file in folder.manifest(DAY).files_}
     swept = {Path(folder.full_path(remains.path)) for remains in sweep(engine, folder, grace_hours=0)}
