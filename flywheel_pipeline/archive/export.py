@@ -27,7 +27,7 @@ from flywheel_pipeline.archive.errors import ArchiveUnreachable, NothingToArchiv
 from flywheel_pipeline.archive.layout import SCHEMA_VERSION, TABLES, Archive, DayManifest, Table
 from flywheel_pipeline.archive.parquet import ParquetFiles, write_batches
 from flywheel_pipeline.archive.stream import day_batches, snapshot_reader
-from flywheel_pipeline.errors import ArchiveError
+from flywheel_pipeline.errors import ArchiveError, DatabaseUnavailable
 
 Progress = Callable[[dt.date, int, int], None]
 
@@ -114,6 +114,8 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
     days.give_version(engine, day)
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
         days.exclude_others(connection)  # before the snapshot: what the one before did is seen
+        # It waits while the rows come through another connection.
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         version = _version(connection, day)
         control = {table: _control(connection, table, day) for table in TABLES}
         snapshot = connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one()
@@ -153,6 +155,7 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
             columns={table: columns.described(table) for table in TABLES},
             control={table: control[table] for table in TABLES},
         )
+        _still_excluding(connection)
         archive.publish(manifest)
     return DayExport(
         day,
@@ -164,6 +167,17 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
         time.monotonic() - begun,
         replaced,
     )
+
+
+def _still_excluding(connection: sa.Connection) -> None:
+    """Refuse where the transaction that holds the lock is gone: somebody may have exported or purged meanwhile."""
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except sa.exc.OperationalError as error:
+        raise DatabaseUnavailable(
+            f"The database broke off the export: {str(error.orig).strip().splitlines()[0].rstrip('.')}.",
+            hint="Nothing was changed in the archive; export again.",
+        ) from error
 
 
 def _version(connection: sa.Connection, day: dt.date) -> str:

@@ -2,15 +2,19 @@
 
 Belongs here: the Arrow path out of PostgreSQL. Does not belong here: what is done with the batches.
 
-The path is ADBC (Apache Arrow's own driver, over COPY BINARY). Measured with all 44 columns of 1 M rows of the benchmark's
-fleet, 24 of them null throughout, two cores, CPU seconds of the client and its peak memory with zstd Parquet written:
+The path is ADBC (Apache Arrow's own driver, over COPY BINARY). Measured on rows of the benchmark's fleet, 44 columns of which
+24 are null throughout, zstd Parquet written; CPU seconds of the client for a million rows, and its peak memory:
 
-    ADBC, all columns            7.6 s  160-210 MB      ADBC, columns with values only   3.6 s   see bench_archive
-    COPY CSV into pyarrow.csv    7.1 s  250-275 MB      pandas read_sql + to_parquet    16.8 s  3,435 MB
+    ADBC, the columns that hold values    3.3-3.9 s   250 MB, the whole command's imports included
+    connectorx, all columns               6-7 s       165 MB
+    COPY CSV into pyarrow.csv             7-9 s       250-275 MB
+    ADBC, all columns                     7.6-9.5 s   160-210 MB
+    pandas read_sql + to_parquet          16.8-26.8 s 3,400-3,600 MB
 
 A null costs ADBC more than a value (1.1 s of 1.9 s went into 24 columns of nothing for 300,000 rows), so columns that are
-null throughout the day are not asked for: the control query has counted the values of each. connectorx cannot connect to a Unix
-socket, which the embedded server listens on alone. CSV keeps no types of its own.
+null throughout the day are not asked for: the control query has counted the values of each anyway. connectorx cannot connect
+to a Unix socket, all that the embedded server listens on. CSV keeps no types of its own. The whole export against pandas, by the
+clock: `benchmarks/bench_archive.py`.
 """
 
 from __future__ import annotations

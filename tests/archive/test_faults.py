@@ -24,6 +24,7 @@ from flywheel_pipeline.archive.layout import TABLES, Archive
 from flywheel_pipeline.archive.sweep import sweep
 from flywheel_pipeline.database import roles
 from flywheel_pipeline.database.engine import open_engine
+from flywheel_pipeline.errors import DatabaseUnavailable
 
 # The export itself, stopped after its first row group: what is killed has written half of a file.
 EXPORT_AND_WAIT = """
@@ -32,8 +33,9 @@ from flywheel_pipeline.archive import parquet, stream
 from flywheel_pipeline.archive.export import export_day
 from flywheel_pipeline.archive.layout import Archive
 from flywheel_pipeline.database.engine import open_engine
-parquet.GROUP_BYTES = 1 << 18
-stream.BATCH_BYTES = 1 << 16
+from flywheel_pipeline.errors import DatabaseUnavailable
+parquet.GROUP_BYTES = 1 << 17
+stream.BATCH_BYTES = 1 << 15
 def stop(day, rows, of):
     assert 0 < rows < of
     print(rows, flush=True)
@@ -64,7 +66,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
     settle(engine)
     if before != "nothing":
         export_day(engine, folder, DAY)
-    fill(engine, 6000)
+    fill(engine, 3000)
     process = subprocess.Popen(
         [sys.executable, "-c", EXPORT_AND_WAIT, database_url, folder.root, DAY.isoformat()],
         stdout=subprocess.PIPE,
@@ -72,7 +74,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert process.stdout is not None
-    while int(process.stdout.readline()) <= 3000:
+    while int(process.stdout.readline()) <= 1500:
         pass
     half_written = set(Path(folder.root, "executions").rglob("*.parquet"))
     process.send_signal(signal.SIGKILL)
@@ -85,7 +87,7 @@ def test_an_export_killed_in_the_middle_leaves_the_old_day_whole(
         folder.verify(DAY)
         assert state_of(engine, folder).state is State.CORRECTED
     (made,) = export_due(engine, folder, today=TODAY, after_days=1).exported
-    assert made.rows == 6001
+    assert made.rows == 3001
     folder.verify(DAY)
     named = {Path(folder.full_path(file.path)) for file in folder.manifest(DAY).files_}
     swept = {Path(folder.full_path(remains.path)) for remains in sweep(engine, folder, grace_hours=0)}
@@ -231,3 +233,23 @@ def test_the_pipelines_role_may_export_and_a_reader_may_not(engine: sa.Engine, f
             export_day(other, folder, DAY)
         other.dispose()
     assert folder.verify(DAY).rows == 1
+
+
+def test_an_export_that_lost_its_lock_is_not_published(engine: sa.Engine, folder: Archive) -> None:
+    write(engine, row())
+    settle(engine)
+    administrator = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT")
+
+    def take_the_lock_away(_day: dt.date, _rows: int, _of: int) -> None:
+        with administrator.connect() as connection:
+            ended = connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_locks WHERE relation = 'day_versions'::regclass "
+                "AND mode = 'ShareUpdateExclusiveLock' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            ).scalars()
+            assert list(ended) == [True]
+
+    with pytest.raises(DatabaseUnavailable, match="broke off the export"):
+        export_day(engine, folder, DAY, progress=take_the_lock_away)
+    administrator.dispose()
+    assert folder.days() == []
+    assert export_day(engine, folder, DAY).rows == 1

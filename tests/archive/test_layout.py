@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +11,36 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from archived_fleet import DAY, row, settle, write
+from archived_fleet import DAY
 
 from flywheel_pipeline.archive import errors
 from flywheel_pipeline.archive.export import export_day
-from flywheel_pipeline.archive.layout import SCHEMA_VERSION, Archive
+from flywheel_pipeline.archive.layout import SCHEMA_VERSION, Archive, ArchiveFile, DayManifest
 from flywheel_pipeline.errors import ArchiveError
+
+CONTENT = b"The layout asks for bytes and their hash, not for Parquet."
 
 
 @pytest.fixture
-def exported(engine: sa.Engine, archive: Archive) -> Archive:
-    """An archive of one day with one file."""
-    write(engine, row(), row(success=False))
-    settle(engine)
-    export_day(engine, archive, DAY)
+def exported(archive: Archive) -> Archive:
+    """An archive of one day with one file of two rows."""
+    path = f"{archive.day_folder('executions', DAY)}/20260203T042700Z-0a1b2c3d-0.parquet"
+    archive.fs.makedirs(archive.full_path(archive.day_folder("executions", DAY)))
+    archive.fs.pipe_file(archive.full_path(path), CONTENT)
+    file = ArchiveFile(
+        table="executions", path=path, rows=2, bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest()
+    )
+    archive.publish(
+        DayManifest(
+            schema_version=SCHEMA_VERSION,
+            day=DAY,
+            generation="20260203T042700Z-0a1b2c3d",
+            rows=2,
+            files=(file,),
+            day_version="1f0c9c34-6f0e-4f3c-9a51-0d6c2f2c7b11",
+            exported_at=dt.datetime(2026, 2, 3, 4, 27, tzinfo=dt.UTC),
+        )
+    )
     return archive
 
 
@@ -132,7 +150,7 @@ def test_a_day_half_exported_is_no_day(exported: Archive) -> None:
 
 
 def test_a_manifest_is_replaced_in_one_step(engine: sa.Engine, folder: Archive) -> None:
-    export_day(engine, folder, DAY)
+    export_day(engine, folder, DAY)  # a day without rows: a manifest that names no file
     folder.publish(folder.manifest(DAY).model_copy(update={"exported_by": "another"}))
     assert folder.manifest(DAY).exported_by == "another"
     assert [path.name for path in Path(folder.root, "manifests").iterdir()] == ["2026-02-02.json"]
