@@ -78,14 +78,19 @@ $(VENV)/scale.stamp: requirements-scale.lock $(VENV)/installed.stamp
 	@touch $@
 
 # Resolves pyproject.toml anew: one lock for every platform and Python, with hashes and without an index.
-# requirements.lock is what one machine needs, requirements-scale.lock adds Spark, Celery and Kubernetes.
+# requirements.lock is what one machine needs, requirements-scale.lock adds Spark, Celery and Kubernetes, and
+# deploy/requirements.lock is what the image holds: no tools of developers; deploy/build.lock is what builds it.
 # `make lock UPGRADE=` keeps the pins that still fit.
 UPGRADE ?= --upgrade
-COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 \
+LOCK := --universal --python-version 3.11 \
 	--generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate --quiet
+COMPILE := $(BIN)/uv pip compile pyproject.toml $(LOCK)
 lock: install
 	$(COMPILE) $(UPGRADE) --extra dev --extra duckdb -o requirements.lock
 	$(COMPILE) $(UPGRADE) --all-extras --constraint requirements.lock -o requirements-scale.lock
+	$(COMPILE) $(UPGRADE) --extra duckdb --extra celery --extra k8s --constraint requirements-scale.lock -o deploy/requirements.lock
+	grep -m 1 '^hatchling==' requirements.lock | cut -d ' ' -f 1 \
+		| $(BIN)/uv pip compile - $(LOCK) --constraint requirements.lock -o deploy/build.lock
 
 clean:
 	@if [ -d .flywheel/postgres ] && [ -x $(BIN)/python ]; then \

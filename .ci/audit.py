@@ -2,9 +2,11 @@
 
 Offline, in a second:
 
-- the lock is whole: exact versions, a SHA-256 for each, no URL, no index
+- both locks are whole: exact versions, a SHA-256 for each, no URL, no index; the one for more than one machine
+  (`make scale`) holds all of the other, at the same versions
 - every direct dependency is in the lock, within bounds that end somewhere, with the reason beside it in pyproject.toml
-- what is installed is what is locked, nothing else is, and it fits together (every requirement of every distribution)
+- what is installed is what is locked, nothing else is, and it fits together (every requirement of every distribution);
+  what only the larger lock holds may be missing
 - every licence is on the list below
 
 Online: pip-audit asks for the known vulnerabilities of every locked version. It passes over what the service does not
@@ -39,6 +41,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = "requirements.lock"
+SCALE_LOCK = "requirements-scale.lock"
 #: SPDX ids. Permissive ones, and three that ask for no more than that changes of their own files are published: these
 #: libraries are used as they are. Another licence is read by somebody before it is added here.
 LICENCES = frozenset(
@@ -63,6 +67,7 @@ LICENCES = frozenset(
 #: What distributions write where an SPDX id would stand: classifiers and the old field.
 SAID = {
     "3-clause bsd license": "BSD-3-Clause",
+    "apache": "Apache-2.0",
     "apache 2.0": "Apache-2.0",
     "apache license": "Apache-2.0",
     "apache license version 2.0": "Apache-2.0",
@@ -141,11 +146,24 @@ def direct_problems(text: str, pins: Sequence[Pin]) -> Iterator[str]:
 # -- what is installed -----------------------------------------------------------------------------
 
 
-def installed_problems(pins: Sequence[Pin], installed: Mapping[str, Distribution]) -> Iterator[str]:
-    """Where the environment differs from the lock, or does not fit together."""
-    wanted = {pin.name: pin.version for pin in pins if pin.here}
+def scale_problems(pins: Sequence[Pin], scale: Sequence[Pin]) -> Iterator[str]:
+    """Where the lock for more than one machine differs from the lock for one."""
+    versions = {(pin.name, pin.version) for pin in scale}
+    for pin in pins:
+        if (pin.name, pin.version) not in versions:
+            yield f"{SCALE_LOCK} does not hold {pin.name} {pin.version} as {LOCK} does: run `make lock`"
+
+
+def installed_problems(
+    pins: Sequence[Pin], installed: Mapping[str, Distribution], scale: Sequence[Pin] = ()
+) -> Iterator[str]:
+    """Where the environment differs from the locks, or does not fit together. What only `scale` holds may be missing."""
+    needed = {pin.name for pin in pins if pin.here}
+    wanted = {pin.name: pin.version for pin in [*scale, *pins] if pin.here}
     for name, version in wanted.items():
         found = installed.get(name)
+        if found is None and name not in needed:
+            continue
         if found is None or found.version != version:
             yield f"{name} {version} is locked, {'nothing' if found is None else found.version} is installed: run `make install`"
     for name in sorted(installed.keys() - wanted.keys() - UNLOCKED):
@@ -276,16 +294,19 @@ def vulnerabilities(lock: Path, *, insist: bool) -> tuple[list[str], str]:
 
 def offline_problems(root: Path = ROOT) -> tuple[list[str], str]:
     """Return (what is wrong, what was looked at) without asking anybody."""
-    pins, wrong = read_lock((root / "requirements.lock").read_text("utf-8"))
+    pins, wrong = read_lock((root / LOCK).read_text("utf-8"))
+    scale, wrong_too = read_lock((root / SCALE_LOCK).read_text("utf-8"))
     project = (root / "pyproject.toml").read_text("utf-8")
     installed = {canonicalize_name(found.name): found for found in distributions(path=[*_site_packages()])}
-    wrong += direct_problems(project, pins)
-    wrong += installed_problems(pins, installed)
+    wrong += wrong_too
+    wrong += scale_problems(pins, scale)
+    wrong += direct_problems(project, scale)
+    wrong += installed_problems(pins, installed, scale)
     wrong += licence_problems(found for name, found in installed.items() if name not in UNLOCKED)
     count = sum(1 for _ in direct(project))
     return (
         wrong,
-        f"{len(pins)} locked versions with hashes, {count} direct with reasons, {len(installed)} installed as locked",
+        f"{len(pins)} and {len(scale)} locked versions with hashes, {count} direct with reasons, {len(installed)} installed as locked",
     )
 
 
@@ -304,7 +325,7 @@ def main() -> int:
     wrong, looked = offline_problems()
     print(f"audit: {looked}")
     if not options.offline:
-        known, said = vulnerabilities(ROOT / "requirements.lock", insist=options.known)
+        known, said = vulnerabilities(ROOT / SCALE_LOCK, insist=options.known)
         wrong += known
         print(f"audit: {said}")
     for problem in wrong:

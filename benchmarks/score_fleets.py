@@ -12,16 +12,21 @@ their manifest holds. Nothing is replayed or estimated. Bars:
 - no bar, and told: how many fair ones got there. Sites that the rule serves report no more of L2, and each site counts with
   10 episodes at most: in fleets of this size (60 to 90 sites) the evidence of a fair rule often stops short of the threshold.
 
-A fleet takes some 25 CPU seconds, nearly all of them in the pipeline: a thousand take more than three hours on two cores. They can
-be lived in pieces, by seed, and told together: `--seed 1 --fleets 200 --json a`, `--seed 201 --fleets 200 --also a`.
+A thousand fleets take hours, so they are lived in pieces: each fleet is one line of --out, appended when it is over, and a
+later call goes on with the seeds that are not there. --until ends a piece at a time of day; the fleets then under way are
+finished. --score reads such files and prints the table, with exact binomial intervals (Clopper and Pearson, 95 %).
 
-    python benchmarks/score_fleets.py [--fleets 1000] [--seed 1] [--workers 2] [--quick] [--json FILE] [--also FILE ...]
+    python benchmarks/score_fleets.py [--fleets 1000] [--from-seed 1] [--jobs 2] [--quick] [--out FILE] [--until HH:MM]
+    python benchmarks/score_fleets.py --score FILE ...
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import datetime as dt
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,8 +43,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from psycopg import sql
+from scipy.stats import binomtest
 
 from flywheel_pipeline.database import migrate
 from flywheel_pipeline.database.embedded import EmbeddedServer
@@ -154,6 +161,7 @@ class Lived:
     rows: int
     wrong: tuple[str, ...]
     seconds: float
+    cpu_seconds: float
 
 
 # -- a worker: one server, one database after the other --------------------------------------------
@@ -168,6 +176,17 @@ def _administer(statement: str, *names: str) -> None:
     )
     with psycopg.connect(where, autocommit=True) as connection:
         connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+def _cpu_seconds() -> float:
+    """What this process and its server, with all that it has ended, have taken of a processor."""
+    assert _server is not None
+    server = psutil.Process(int((_server.data / "postmaster.pid").read_text().split()[0]))
+    spent = sum(server.cpu_times()[:4])
+    for child in server.children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, and counts in its parent from now on
+            spent += sum(child.cpu_times()[:2])
+    return spent + time.process_time()
 
 
 def start_worker(place: str) -> None:
@@ -187,14 +206,14 @@ def start_worker(place: str) -> None:
 def live(seed: int) -> Lived:
     """Let the fleet of a seed live, and score it."""
     assert _server is not None
-    begun = time.monotonic()
+    begun, spent = time.monotonic(), _cpu_seconds()
     name = f"fleet_{seed}"
     _administer("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, "template_of_fleets")
     engine = open_engine(_server.url.set(database=name))
     try:
         scenario, kinds = fleet(seed)
         stream = FleetStream(scenario, seed)
-        history = lab.run_scenario(engine, stream)
+        history = lab.run_scenario(engine, stream, promotion_only=True)
         truth = stream.truth.document()
         found = score(engine, truth, history=history.as_dict())
     finally:
@@ -214,7 +233,7 @@ def live(seed: int) -> Lived:
         if "RB-WIN-SVC-002" not in found_pattern["pattern_key"]  # what L2 chose instead is no pattern of this plan
     )
     wrong = tuple(figure["figure"] for figure in found["figures"] if not figure["ok"])
-    return Lived(seed, patterns, truth["counts"]["executions"], wrong, time.monotonic() - begun)
+    return Lived(seed, patterns, truth["counts"]["executions"], wrong, time.monotonic() - begun, _cpu_seconds() - spent)
 
 
 @contextlib.contextmanager
@@ -235,10 +254,34 @@ def scratch() -> Iterator[str]:
 # -- all of them -----------------------------------------------------------------------------------
 
 
-def read(document: dict[str, Any]) -> Lived:
-    """A fleet as --json wrote it."""
-    patterns = tuple(Pattern(**{**found, "false_at": tuple(found["false_at"])}) for found in document.pop("patterns"))
-    return Lived(**{**document, "patterns": patterns, "wrong": tuple(document["wrong"])})
+def read(file: Path) -> list[Lived]:
+    """The fleets that a call with --out wrote; a last line cut short by a kill is no fleet."""
+    lived = []
+    for line in file.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        document = json.loads(line)
+        patterns = tuple(
+            Pattern(**{**found, "false_at": tuple(found["false_at"])}) for found in document.pop("patterns")
+        )
+        lived.append(Lived(**{**document, "patterns": patterns, "wrong": tuple(document["wrong"])}))
+    return lived
+
+
+def cut_short_line(file: Path) -> None:
+    """Remove what a kill left of a line at the end of a file."""
+    text = file.read_bytes()
+    if text and not text.endswith(b"\n"):
+        with file.open("r+b") as out:
+            out.truncate(text.rfind(b"\n") + 1)
+
+
+def interval(found: int, of: int) -> str:
+    """The exact 95 % interval of a share."""
+    if not of:
+        return "nothing"
+    exact = binomtest(found, of).proportion_ci(0.95, method="exact")
+    return f"95 % interval {exact.low:.2%} to {exact.high:.2%}"
 
 
 def told(met: bool, sentence: str) -> bool:
@@ -247,7 +290,7 @@ def told(met: bool, sentence: str) -> bool:
     return met
 
 
-def report(lived: list[Lived], seconds: float) -> bool:
+def report(lived: list[Lived]) -> bool:
     """Print the table; return whether the bars hold."""
     patterns = [pattern for one in lived for pattern in one.patterns]
     by_kind: dict[str, list[Pattern]] = {}
@@ -270,62 +313,104 @@ def report(lived: list[Lived], seconds: float) -> bool:
     met = told(
         not false,
         f"{len(lived):,} fleets, {sum(one.rows for one in lived):,} rows: {len(false)} false fleet promotions of {unfit:,} "
-        f"unfit patterns (bar 0); before the fleet, below the floor of that stage: {dict(earlier) or 'none'}",
+        f"unfit patterns (bar 0; {interval(len(false), unfit)}); before the fleet, below the floor of that stage: {dict(earlier) or 'none'}",
     )
     share = len(days) / len(good) if good else 0.0
     met &= told(
         share >= RECALL_BAR,
-        f"{share:.1%} of {len(good):,} good rules in the whole fleet within {DAYS} days (bar {RECALL_BAR:.0%}), {late}",
+        f"{share:.1%} of {len(good):,} good rules in the whole fleet within {DAYS} days (bar {RECALL_BAR:.0%}; {interval(len(days), len(good))}), {late}",
     )
     met &= told(not wrong, f"figures of the scores that were off: {dict(wrong) or 'none'}")
-    each = statistics.median(one.seconds for one in lived)
-    print(f"     {seconds:.0f} s, {each:.1f} s a fleet in one worker")
+    cpu = statistics.median(one.cpu_seconds for one in lived)
+    print(
+        f"     {cpu:.1f} CPU seconds a fleet, {statistics.median(one.seconds for one in lived):.1f} s on the clock (medians)"
+    )
     return met
+
+
+def progress(one: Lived, done: int, of: int, passed: float) -> None:
+    """Print a line on the fleet that is over."""
+    notes = [f"FALSE: {p.kind}, {p.true_rate:.3f}" for p in one.patterns if "fleet" in p.false_at]
+    notes += [
+        f"good and not there: {p.true_rate:.3f}, {p.state}: {p.reason}"
+        for p in one.patterns
+        if p.good and p.fleet_day is None
+    ]
+    notes += [f"OFF: {name}" for name in one.wrong]
+    print(
+        f"{done:>5}/{of}  fleet {one.seed}  {one.cpu_seconds:.1f} CPU s  {passed:.0f} s, "
+        f"{passed / done * (of - done):.0f} s to go" + "".join(f"   {note}" for note in notes),
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def live_all(seeds: list[int], jobs: int, out: Path | None, until: dt.datetime | None) -> list[Lived]:
+    """Let the fleets of these seeds live, `jobs` at a time, and append each to `out` when it is over."""
+    begun = time.monotonic()
+    lived: list[Lived] = []
+    waiting = iter(seeds)
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(scratch())
+        file = stack.enter_context(out.open("a", encoding="utf-8")) if out else None
+        pool = stack.enter_context(
+            concurrent.futures.ProcessPoolExecutor(
+                jobs, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(place,)
+            )
+        )
+        running = {pool.submit(live, seed) for seed in itertools.islice(waiting, jobs)}
+        while running:
+            over, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in over:
+                one = future.result()
+                lived.append(one)
+                if file is not None:
+                    file.write(json.dumps(asdict(one)) + "\n")
+                    file.flush()
+                progress(one, len(lived), len(seeds), time.monotonic() - begun)
+                if until is None or dt.datetime.now().astimezone() < until:
+                    running |= {pool.submit(live, seed) for seed in itertools.islice(waiting, 1)}
+    return lived
 
 
 def main() -> int:
     """Let them live, print the table; 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1, help="of the first fleet; the others follow")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--from-seed", type=int, default=1, help="of the first fleet; the others follow")
+    parser.add_argument("--jobs", type=int, default=2, help="fleets at a time, each with a server of its own")
     parser.add_argument("--quick", action="store_true", help="8 fleets")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every fleet and pattern, as JSON lines")
     parser.add_argument(
-        "--also", type=Path, action="append", default=[], metavar="FILE", help="fleets lived before, counted in"
+        "--out", type=Path, metavar="FILE", help="append a JSON line a fleet; seeds there are not repeated"
     )
+    parser.add_argument(
+        "--until", type=dt.time.fromisoformat, metavar="HH:MM", help="begin no fleet after this local time"
+    )
+    parser.add_argument("--score", type=Path, nargs="+", metavar="FILE", help="print the table of these files only")
     options = parser.parse_args()
-    fleets = 8 if options.quick else options.fleets
+    if options.score:
+        scored = [one for file in options.score for one in read(file)]
+        if not scored:
+            parser.error("no fleet is in there")
+        if twice := [seed for seed, n in Counter(one.seed for one in scored).items() if n > 1]:
+            parser.error(f"fleet {twice[0]} would count twice")
+        return 0 if report(scored) else 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    begun = time.monotonic()
-    lived: list[Lived] = []
-    before = [read(json.loads(line)) for file in options.also for line in file.read_text("utf-8").splitlines()]
-    coming = range(options.seed, options.seed + fleets)
-    if twice := [seed for seed, n in Counter([*coming, *(one.seed for one in before)]).items() if n > 1]:
-        parser.error(f"fleet {twice[0]} would count twice")
-    with scratch() as place, contextlib.ExitStack() as stack:
-        out = stack.enter_context(options.json.open("w")) if options.json else None
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(options.workers, start_worker, (place,)))
-        for one in pool.imap_unordered(live, coming):
-            lived.append(one)
-            if out is not None:
-                out.write(json.dumps(asdict(one)) + "\n")
-            passed = time.monotonic() - begun
-            bad = [p for p in one.patterns if "fleet" in p.false_at]
-            left = [p for p in one.patterns if p.good and p.fleet_day is None]
-            if len(lived) % max(fleets // 50, 1) == 0 or bad or left or one.wrong:
-                print(
-                    f"{len(lived):>5}/{fleets}  {passed:5.0f} s, {passed / len(lived) * (fleets - len(lived)):5.0f} s to go"
-                    + "".join(f"   FALSE in fleet {one.seed}: {p.kind}, {p.true_rate:.3f}" for p in bad)
-                    + "".join(
-                        f"   good and not there, fleet {one.seed}: {p.true_rate:.3f}, {p.state}: {p.reason}"
-                        for p in left
-                    )
-                    + "".join(f"   OFF in fleet {one.seed}: {name}" for name in one.wrong),
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return 0 if report([*before, *lived], time.monotonic() - begun) else 1
+    until = None
+    if options.until is not None:
+        now = dt.datetime.now().astimezone()
+        until = dt.datetime.combine(now.date(), options.until).astimezone()
+        until += dt.timedelta(days=until <= now)
+    before: list[Lived] = []
+    if options.out is not None and options.out.exists():
+        cut_short_line(options.out)
+        before = read(options.out)
+    wanted = range(options.from_seed, options.from_seed + (8 if options.quick else options.fleets))
+    known = {one.seed for one in before}
+    lived = live_all([seed for seed in wanted if seed not in known], options.jobs, options.out, until)
+    if not before and not lived:
+        parser.error("no fleet was asked for")
+    return 0 if report([*before, *lived]) else 1
 
 
 if __name__ == "__main__":

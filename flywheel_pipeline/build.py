@@ -43,6 +43,7 @@ from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
 from flywheel_pipeline.health.assets import build_attribution_asset, build_demotion_asset
 from flywheel_pipeline.health.checks import health_checks
 from flywheel_pipeline.health.sensors import build_alert_sensor
+from flywheel_pipeline.orchestration.executors import chosen_executor
 from flywheel_pipeline.promotion.assets import apply, promotion_decisions
 from flywheel_pipeline.promotion.backtest_asset import policy_backtest
 from flywheel_pipeline.promotion.checks import promotion_gates, registry_checks
@@ -94,7 +95,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         selection=dg.AssetSelection.assets(backfill),
         description="Recomputes the cells of the chosen days from the log.",
         tags={"flywheel/trigger": "backfill"},
-        executor_def=dg.in_process_executor,
+        executor_def=chosen_executor(),
     )
     nightly_job = dg.define_asset_job(
         NIGHTLY_JOB,
@@ -160,5 +161,5 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         ],
         sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,)), build_alert_sensor()],
         resources=dict(resources or {"database": FlywheelDatabase()}),
-        executor=dg.in_process_executor,
+        executor=chosen_executor(),
     )

@@ -75,7 +75,6 @@ def examine(
     found = []
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        connection.exec_driver_sql("SET LOCAL jit = off")
         for question in _QUESTIONS:
             if invariants and question.invariant not in invariants:
                 continue

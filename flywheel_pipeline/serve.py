@@ -30,6 +30,14 @@ load_from:
       module_name: flywheel_pipeline.definitions
       location_name: flywheel
 """
+CODE_SERVER_WORKSPACE = """\
+# Written by Flywheel at each start: changes here are lost.
+load_from:
+  - grpc_server:
+      host: {host}
+      port: {port}
+      location_name: flywheel
+"""
 API_PORT_HINT = "Stop what listens there, or choose another port for the agent API: FLYWHEEL_API_PORT=8001."
 READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
@@ -90,6 +98,17 @@ def require_free_port(
             ) from error
 
 
+def write_workspace(settings: Settings) -> Path:
+    """Write the workspace file of UI and daemon, and return it: the code location as a module, or as a server elsewhere."""
+    text = WORKSPACE
+    if settings.code_server is not None:
+        host, _, port = settings.code_server.rpartition(":")
+        text = CODE_SERVER_WORKSPACE.format(host=host, port=port)
+    workspace = settings.dagster_home / "workspace.yaml"
+    workspace.write_text(text, "utf-8")
+    return workspace
+
+
 def start(
     settings: Settings,
     url: sa.URL,
@@ -110,8 +129,7 @@ def start(
         require_free_port(*api, hint=API_PORT_HINT)
     write_dagster_home(settings, url)
     settings.logs.mkdir(parents=True, exist_ok=True)
-    workspace = settings.dagster_home / "workspace.yaml"
-    workspace.write_text(WORKSPACE, "utf-8")
+    workspace = write_workspace(settings)
     environment = {**os.environ, **dagster_environment(settings, url)}
     commands = {
         "webserver": [sys.executable, "-m", "dagster_webserver", "-h", host, "-p", str(port), "-w", str(workspace)],

@@ -159,3 +159,20 @@ def test_every_installed_licence_is_read_as_something() -> None:
     named = {canonicalize_name(found.name): audit.licences(found) for found in distributions()}
     assert len(named) > 100
     assert [name for name, found in named.items() if not all(found)] == []
+
+
+def test_the_larger_lock_holds_the_smaller_one_at_the_same_versions() -> None:
+    small, _ = audit.read_lock(f"a==1 \\\n{HASH}\nb==2 \\\n{HASH}")
+    large, _ = audit.read_lock(f"a==1 \\\n{HASH}\nb==3 \\\n{HASH}\nc==1 \\\n{HASH}")
+    assert [problem.split(" as ")[0] for problem in audit.scale_problems(small, large)] == [
+        "requirements-scale.lock does not hold b 2"
+    ]
+
+
+def test_what_only_the_larger_lock_holds_may_be_missing_but_not_differ() -> None:
+    small, _ = audit.read_lock(f"a==1 \\\n{HASH}")
+    large, _ = audit.read_lock(f"a==1 \\\n{HASH}\nc==1 \\\n{HASH}")
+    assert list(audit.installed_problems(small, {"a": Made("a", "1")}, large)) == []
+    assert list(audit.installed_problems(small, {"c": Made("c", "1")}, large)) != []
+    (wrong,) = audit.installed_problems(small, {"a": Made("a", "1"), "c": Made("c", "2")}, large)
+    assert wrong.startswith("c 1 is locked, 2 is installed")

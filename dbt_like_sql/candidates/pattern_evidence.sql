@@ -29,7 +29,7 @@ SELECT
   first_at,
   last_at,
   row_number() OVER (
-    PARTITION BY incident_type, runbook_id, platform, site_id, hostname ORDER BY first_at, day
+    PARTITION BY flywheel_pattern_key(incident_type, runbook_id, platform), site_id, hostname ORDER BY first_at, day
   ) AS nth_of_host
 FROM episodes
 WHERE level = 'L2' AND outcome <> 'unrated'

@@ -30,7 +30,7 @@ columns:
   w: [double precision, "W: the evidence that the rule has become bad in this scope, as a log likelihood ratio"]
 consumers: [rule_cusum]
 ---*/
-WITH rates AS (
+WITH rates AS MATERIALIZED (
   SELECT
     policy_hash,
     ln((document #>> '{demotion,cusum,bad}')::double precision / (document #>> '{demotion,cusum,good}')::double precision) AS held,

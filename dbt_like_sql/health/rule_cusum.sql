@@ -25,7 +25,7 @@ columns:
   alarmed_nth: [bigint, its position since the checkpoint]
 consumers: [demotion, flywheel explain]
 ---*/
-WITH limits AS (
+WITH limits AS MATERIALIZED (
   SELECT
     policy_hash::text AS policy_hash,
     (document #>> '{demotion,cusum,warn_at}')::double precision AS warn_at,

@@ -39,7 +39,7 @@ BULK_CELLS = 1_000
 # One refresh at a time, so it may take memory: sorts and hashes of a thousand site-days stay off the disk. The planner
 # has no statistics on the views inside and would price their work so high that compiling it seems worth while.
 # Statistics within a refresh need to tell ten rows from a million; the default of 100 made them a seventh of a rebuild.
-_SETTINGS = "SET LOCAL work_mem = '64MB'; SET LOCAL jit = off; SET LOCAL default_statistics_target = 20"
+_SETTINGS = "SET LOCAL work_mem = '64MB'; SET LOCAL default_statistics_target = 20"
 # The log is read by index up to the point where that touches so much of it that one scan is cheaper. Measured: a
 # site-day costs about what 500 rows of a sequential scan do; a row takes about 300 bytes.
 _SCANNED_ROWS_PER_CELL = 500

@@ -22,6 +22,7 @@ from flywheel_pipeline.cli import (
     database,
     docs,
     doctor,
+    node,
     pipeline,
     promotion,
     report,
@@ -69,6 +70,7 @@ doctor.register(app)
 backup.register(app)
 app.add_typer(alerts.app, name="alerts")
 api.register(app)
+node.register(app)
 report.register(app)
 app.add_typer(archive.app, name="archive")
 app.add_typer(database.app, name="db")

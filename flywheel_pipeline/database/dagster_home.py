@@ -15,19 +15,11 @@ from sqlalchemy import URL
 from flywheel_pipeline.database.engine import dagster_url
 from flywheel_pipeline.database.settings import Settings
 from flywheel_pipeline.errors import UsageError
+from flywheel_pipeline.orchestration.launchers import launcher_config
 
-# No queue: insert to promoted rule takes 2.4-3.7 s with DefaultRunCoordinator, 4-15 s with a queue polled
-# every second (7 trials). Sensors that wait for a NOTIFY inside their tick need threads of their own.
+# Sensors that wait for a NOTIFY inside their tick need threads of their own.
 INSTANCE: Final[dict[str, Any]] = {
     "storage": {"postgres": {"postgres_url": {"env": "FLYWHEEL_DAGSTER_URL"}}},
-    "run_coordinator": {"module": "dagster._core.run_coordinator", "class": "DefaultRunCoordinator"},
-    # A run whose process was killed stays STARTED until its time is over.
-    "run_monitoring": {
-        "enabled": True,
-        "start_timeout_seconds": 120,
-        "max_runtime_seconds": 900,
-        "poll_interval_seconds": 30,
-    },
     # A failed gate fails again: only crashes are retried.
     "run_retries": {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False},
     # The daemon judges every asset's freshness policy twice a minute; the badge shows what it found last.
@@ -45,17 +37,26 @@ INSTANCE: Final[dict[str, Any]] = {
 _NOTE = "# Written by Flywheel at each start: changes here are lost. The database URL is in the environment.\n"
 
 
+def instance_config(settings: Settings) -> dict[str, Any]:
+    """Return what `dagster.yaml` says, as a mapping; Helm values and ConfigMaps say the same.
+
+    Raises UsageError when the launcher's extra or a setting of it is missing.
+    """
+    return {**INSTANCE, **launcher_config(settings)}
+
+
 def write_dagster_home(settings: Settings, url: URL) -> Path:
     """Write `dagster.yaml` into the Dagster home and return that directory.
 
     The file names the environment variable of the database URL and never the URL itself, which may hold a
     password; `url` is verified to be usable by dagster-postgres. The file is written only when it changes:
-    Dagster's processes may be reading it. Raises UsageError when the directory cannot be written.
+    Dagster's processes may be reading it. Raises UsageError when the directory cannot be written, and as
+    `instance_config` does.
     """
     dagster_url(url)
     home = settings.dagster_home
     file = home / "dagster.yaml"
-    text = _NOTE + yaml.safe_dump(INSTANCE, sort_keys=False)
+    text = _NOTE + yaml.safe_dump(instance_config(settings), sort_keys=False)
     try:
         home.mkdir(parents=True, exist_ok=True)
         settings.logs.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,9 @@ _QUERIES: Final[tuple[str, ...]] = (
     """,
     """
     SELECT 'statistics ' || s.stxname || ' on ' || c.relname, c.relname::text, 'definition',
-           pg_get_statisticsobjdef_columns(s.oid) || ' ' || array_to_string(s.stxkind, ',')
+           concat_ws(', ', (SELECT string_agg(a.attname, ', ' ORDER BY a.attname) FROM pg_attribute a
+                            WHERE a.attrelid = s.stxrelid AND a.attnum = ANY (s.stxkeys)),
+                     array_to_string(pg_get_statisticsobjdef_expressions(s.oid), ', ')) || ' ' || array_to_string(s.stxkind, ',')
     FROM pg_statistic_ext s JOIN pg_class c ON c.oid = s.stxrelid
     WHERE s.stxnamespace = CAST(:schema AS regnamespace)
     """,

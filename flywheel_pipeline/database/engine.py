@@ -105,6 +105,9 @@ def verify_server(url: URL) -> None:
 def open_engine(url: URL | str | None = None) -> Engine:
     """Open an engine: sessions in UTC, named `flywheel`, dead pooled connections replaced unnoticed.
 
+    Statements are not compiled: what a tick asks ends before its compilation pays (counting 1 M rows: 0.80 s with, 0.69 s
+    without).
+
     None stands for `resolve_url()`. Raises DatabaseUnavailable as `resolve_url` does; the server is verified
     by one connection.
     """
@@ -120,7 +123,7 @@ def dagster_url(url: URL) -> str:
 
     The text holds the password: hand it on in the environment, never in a file.
     """
-    options = _with_option(url, "-csearch_path=dagster")
+    options = _with_option(url, "-csearch_path=dagster -cjit=off")
     return (
         url.set(drivername="postgresql+psycopg2")
         .update_query_dict({"options": options})
@@ -135,11 +138,13 @@ def _with_option(url: URL, option: str) -> str:
 
 
 def _engine(url: URL, *, poolclass: type[sa.Pool] | None = None) -> Engine:
-    arguments: dict[str, object] = {"options": _with_option(url, "-ctimezone=UTC")}
+    arguments: dict[str, object] = {"options": _with_option(url, "-ctimezone=UTC -cjit=off")}
     if "application_name" not in url.query:
         arguments["application_name"] = APPLICATION_NAME
     if "connect_timeout" not in url.query:
         arguments["connect_timeout"] = CONNECT_TIMEOUT_SECONDS
+    if not get_settings().prepare_statements:
+        arguments["prepare_threshold"] = None  # of psycopg: never
     engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)
     sa.event.listen(engine, "connect", _look_for_the_client)
     return engine

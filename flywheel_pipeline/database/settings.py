@@ -26,12 +26,17 @@ class Settings(BaseSettings):
     an fsspec URL for closed days of telemetry; unset, nothing is archived. `archive_after_days`: full days (UTC) that pass
     after a day's end before it counts as closed. `engine`: who computes rebuilds and backfills; the refresh of every minute is
     always PostgreSQL's. `spark_master`: URL of the Spark master, for the engine spark.
+
+    `run_launcher` says where runs are executed (this host, Celery workers, a cluster) and `executor` how the steps of
+    those that are not the minute path's; `run_slots` is how many runs at once over all hosts. `code_server` is the
+    address, `host:port`, of a code location that runs as a server of its own at `code_host` and `code_port`.
     """
 
     model_config = SettingsConfigDict(env_prefix="FLYWHEEL_", frozen=True, extra="ignore", validate_default=True)
 
     home: Path = Path(".flywheel")
     database_url: SecretStr | None = None
+    prepare_statements: bool = True  # false: behind a pooler that gives a session to one transaction at a time
     ui_host: str = "127.0.0.1"
     ui_port: int = Field(default=3000, ge=1, le=65535)
     api_host: str = "127.0.0.1"
@@ -45,6 +50,19 @@ class Settings(BaseSettings):
     deliver_within_hours: float = Field(default=24.0, gt=0)
     execute_within_hours: float = Field(default=14 * 24.0, gt=0)
     settle_within_hours: float = Field(default=48.0, gt=0)
+    run_days: int = Field(default=30, ge=1, le=3650)  # of Dagster's finished runs, with their event logs
+    run_launcher: Literal["default", "celery", "k8s"] = "default"
+    executor: Literal["in_process", "multiprocess", "k8s"] = "in_process"
+    run_slots: int = Field(default=4, ge=1, le=1000)
+    celery_broker_url: SecretStr | None = None
+    code_server: str | None = Field(default=None, pattern=r"^[^\s:/]+:[1-9][0-9]{0,4}$")
+    code_host: str = "127.0.0.1"
+    code_port: int = Field(default=4000, ge=1, le=65535)
+    k8s_image: str | None = None
+    k8s_namespace: str = "flywheel"
+    k8s_service_account: str = "flywheel"
+    k8s_instance_config_map: str = "flywheel-dagster"
+    k8s_env_from: str = "flywheel"  # name of the Secret whose keys are the environment of its pods
 
     archive_url: SecretStr | None = None
     archive_after_days: int = Field(default=1, ge=0, le=3650)
@@ -57,7 +75,16 @@ class Settings(BaseSettings):
         return home.expanduser().resolve()
 
     @field_validator(
-        "database_url", "ui_url", "alert_urls", "alert_rules", "api_metrics_token", "archive_url", mode="before"
+        "database_url",
+        "ui_url",
+        "alert_urls",
+        "alert_rules",
+        "api_metrics_token",
+        "celery_broker_url",
+        "code_server",
+        "archive_url",
+        "k8s_image",
+        mode="before",
     )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:

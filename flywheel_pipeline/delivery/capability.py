@@ -8,6 +8,7 @@ claims: a form that its release answered with `Unknown action` is not served to 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ ARGUMENT: Mapping[str, str | None] = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_action(action: str) -> Action:
     """Take an action apart by the grammar `form` or `form:argument`; an argument may hold colons and inner spaces.
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from sqlglot import exp, parse_one
 
-from flywheel_pipeline.engines.portable import BYTES_ORDER, capture, span, true_key
+from flywheel_pipeline.engines.portable import BYTES_ORDER, capture, prefix_of, span, true_key
 
 Dialect = Literal["duckdb", "spark"]
 
@@ -103,11 +103,11 @@ def _common(node: Any, dialect: Dialect) -> Any:
         return _call("flywheel_btrim", node.this)
     if isinstance(node, exp.ILike):
         return _call("flywheel_like", _call("flywheel_lower", node.this), _call("flywheel_lower", node.expression))
-    if isinstance(node, exp.Like) and not node.expression.is_string:
-        return _call("flywheel_like", node.this, node.expression)
+    if isinstance(node, exp.Like):
+        return _like(node, dialect)
     if isinstance(node, exp.ArrayContainsAll):
         return _has_true(node, dialect)
-    if isinstance(node, exp.Substring):
+    if isinstance(node, exp.Substring) and node.args["start"].is_string:
         return _captured(node, dialect)
     if isinstance(node, exp.WindowSpec):
         for side in ("start", "end"):
@@ -122,6 +122,19 @@ def _common(node: Any, dialect: Dialect) -> Any:
     if isinstance(node, exp.Cast) and node.to.this in (exp.DataType.Type.TIMESTAMPTZ,):
         node.set("to", exp.DataType.build("TIMESTAMP"))
     return node
+
+
+def _like(node: Any, dialect: Dialect) -> Any:
+    """A pattern in a column goes by PostgreSQL's escapes; one with a backslash in it is the beginning that it stands for."""
+    if not node.expression.is_string:
+        return _call("flywheel_like", node.this, node.expression)
+    known = prefix_of(node.expression.name) if "\\" in node.expression.name else None
+    if known is None:
+        return node
+    literal, more = known
+    starts, length = ("starts_with", "length") if dialect == "duckdb" else ("startswith", "char_length")
+    enough = f" AND {length}(x) >= {len(literal) + more}" if more else ""
+    return _template(f"{starts}(x, {_text(literal, dialect)}){enough}", node.this, dialect)
 
 
 def _has_true(node: Any, dialect: Dialect) -> Any:

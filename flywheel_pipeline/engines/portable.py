@@ -187,7 +187,7 @@ def _trim(node: exp.Expr) -> None:
 
 
 def _like(node: exp.Expr) -> None:
-    if node.expression.is_string and "\\" in node.expression.name:
+    if node.expression.is_string and "\\" in node.expression.name and prefix_of(node.expression.name) is None:
         raise Refusal(node, "a backslash in a pattern is read differently elsewhere")
 
 
@@ -198,8 +198,12 @@ def _contains(node: exp.Expr) -> None:
 
 def _substring(node: exp.Expr) -> None:
     start = node.args.get("start")
-    if not isinstance(start, exp.Literal) or not start.is_string or node.args.get("length") is not None:
-        raise Refusal(node, "of substring, only that FROM a regular expression is known everywhere")
+    if node.args.get("length") is not None or not isinstance(start, exp.Literal):
+        raise Refusal(node, "of substring, only that FROM a place or a regular expression is known everywhere")
+    if not start.is_string:
+        if not start.is_int or int(start.name) < 1:
+            raise Refusal(node, "places before the first character are read differently elsewhere")
+        return
     try:
         capture(start.name)
     except ValueError as error:
@@ -267,6 +271,22 @@ def span(text: str) -> tuple[str, str] | None:
     """Return ('24', 'HOUR') for '24 hours'; None for an interval that engines may count differently."""
     match = re.fullmatch(r"(\d+) (second|minute|hour|day)s?", text.strip())
     return (match[1], match[2].upper()) if match else None
+
+
+def prefix_of(pattern: str) -> tuple[str, int] | None:
+    """Return (literal, n) for a LIKE pattern of a literal beginning, n times `_` and a `%`; None for any other.
+
+    A backslash makes the next character literal, whatever it is.
+    """
+    literal, rest = "", pattern
+    while rest and rest[0] not in "%_":
+        if rest[0] == "\\":
+            rest = rest[1:]
+            if not rest:
+                return None
+        literal, rest = literal + rest[0], rest[1:]
+    more = len(rest) - len(rest.lstrip("_"))
+    return (literal, more) if literal and rest[more:] == "%" else None
 
 
 def true_key(node: exp.Expr) -> str | None:

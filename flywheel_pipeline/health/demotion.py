@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.health.cusum import FLEET, Attribution, RatedEpisode, ScopeFigure, attribute
+from flywheel_pipeline.health.cusum import Attribution, RatedEpisode, ScopeFigure, attribute
 from flywheel_pipeline.promotion.policy import Cusum, Policy
 
 WORST = 3  # scopes of each kind that are read for a rule beside those that warn
@@ -121,31 +121,64 @@ def advance_checkpoints(connection: sa.Connection, policy: Policy, now: dt.datet
     horizon = dt.datetime.combine(now.astimezone(dt.UTC).date(), dt.time(), dt.UTC) - dt.timedelta(
         days=policy.demotion.cusum.checkpoint_days
     )
-    values = {
+    values: dict[str, object] = {
         "policy": policy.policy_hash,
         "until": horizon,
         "limit": policy.demotion.cusum.quarantine_at,
-        "all": FLEET,
     }
-    due = list(
+    behind = list(
         connection.execute(
             sa.text(
                 """
-                SELECT k.rule_id
-                FROM rule_cusum AS k
-                WHERE k.policy_hash = :policy
-                GROUP BY k.rule_id
-                HAVING max(k.w_peak) < :limit
-                   AND NOT EXISTS (
-                     SELECT 1 FROM cusum_checkpoints AS c WHERE c.policy_hash = :policy AND c.rule_id = k.rule_id
-                       AND c.scope_kind = 'fleet' AND c.until >= :until)
-                ORDER BY k.rule_id
+                SELECT r.rule_id
+                FROM l1_rules AS r
+                WHERE r.enabled
+                  AND NOT EXISTS (
+                    SELECT 1 FROM cusum_checkpoints AS c WHERE c.policy_hash = :policy AND c.rule_id = r.rule_id
+                      AND c.scope_kind = 'fleet' AND c.until >= :until)
+                ORDER BY r.rule_id
                 """
             ),
             values,
         ).scalars()
     )
+    if not behind:
+        return 0
+    # Once for both questions below: the walk over the episodes is what costs.
+    connection.execute(
+        sa.text(
+            """
+            CREATE TEMP TABLE present_steps ON COMMIT DROP AS
+            SELECT rule_id, rule_version, scope_kind, scope_value, first_at, failed, nth, w
+            FROM cusum_steps
+            WHERE policy_hash = :policy AND rule_id = ANY(:behind)
+            """
+        ),
+        {**values, "behind": behind},
+    )
+    due = list(
+        connection.execute(
+            sa.text(
+                """
+                SELECT k.rule_id
+                FROM (
+                  SELECT rule_id, w FROM present_steps
+                  UNION ALL
+                  SELECT c.rule_id, c.w
+                  FROM cusum_checkpoints AS c
+                  JOIN l1_rules AS r ON r.rule_id = c.rule_id AND r.rule_version = c.rule_version AND r.enabled
+                  WHERE c.policy_hash = :policy AND c.rule_id = ANY(:behind)
+                ) AS k
+                GROUP BY k.rule_id
+                HAVING max(k.w) < :limit
+                ORDER BY k.rule_id
+                """
+            ),
+            {**values, "behind": behind},
+        ).scalars()
+    )
     if not due:
+        connection.execute(sa.text("DROP TABLE present_steps"))
         return 0
     connection.execute(
         sa.text(
@@ -153,8 +186,8 @@ def advance_checkpoints(connection: sa.Connection, policy: Policy, now: dt.datet
             CREATE TEMP TABLE advanced_checkpoints ON COMMIT DROP AS
             SELECT rule_id, rule_version, scope_kind, scope_value, count(*) AS episodes,
                    count(*) FILTER (WHERE failed) AS failures, (array_agg(w ORDER BY nth DESC))[1] AS w
-            FROM cusum_steps
-            WHERE policy_hash = :policy AND rule_id = ANY(:due) AND first_at < :until
+            FROM present_steps
+            WHERE rule_id = ANY(:due) AND first_at < :until
             GROUP BY rule_id, rule_version, scope_kind, scope_value
             """
         ),
@@ -185,11 +218,13 @@ def advance_checkpoints(connection: sa.Connection, policy: Policy, now: dt.datet
         ),
         values,
     )
-    connection.execute(sa.text("DROP TABLE advanced_checkpoints"))
+    connection.execute(sa.text("DROP TABLE present_steps, advanced_checkpoints"))
     connection.execute(
         sa.text(
             "DELETE FROM cusum_checkpoints AS c WHERE NOT EXISTS (SELECT 1 FROM l1_rules AS r "
             "WHERE r.rule_id = c.rule_id AND r.rule_version = c.rule_version AND r.enabled)"
         )
     )
+    # Without figures the planner pairs each step with every checkpoint of its rule.
+    connection.execute(sa.text("ANALYZE cusum_checkpoints"))
     return len(due)

@@ -116,17 +116,20 @@ _SITE_EVIDENCE = sa.text(
       SELECT * FROM jsonb_to_recordset(CAST(:served AS jsonb)) AS v (pattern_key text, site_id text)
       UNION SELECT pattern_key, site_id FROM own
     ),
+    readmitted AS (
+      SELECT definition ->> 'pattern_key' AS pattern_key, max(occurred_at) AS since
+      FROM rule_events WHERE kind = 'readmitted' GROUP BY 1
+    ),
     rated AS (
       SELECT e.pattern_key, e.site_id, e.day, e.hostname, e.succeeded, e.first_at, e.nth_of_host, 'L2' AS level
       FROM pattern_evidence AS e
       LEFT JOIN staged AS s ON s.pattern_key = e.pattern_key
+      LEFT JOIN readmitted AS a ON a.pattern_key = e.pattern_key
       WHERE e.pattern_key = ANY(:keys) AND e.last_at <= :settled_before
         AND (s.pattern_key IS NULL
              OR (s.pattern_key = ANY(:beside) AND e.first_at < s.since AND NOT EXISTS (
                    SELECT 1 FROM served AS v WHERE v.pattern_key = e.pattern_key AND v.site_id = e.site_id)))
-        AND e.first_at >= coalesce((
-              SELECT max(v.occurred_at) FROM rule_events AS v
-              WHERE v.kind = 'readmitted' AND v.definition ->> 'pattern_key' = e.pattern_key), '-infinity')
+        AND e.first_at >= coalesce(a.since, '-infinity')
       UNION ALL
       SELECT own.*, 'L1' FROM own
     )

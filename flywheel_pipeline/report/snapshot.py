@@ -65,5 +65,4 @@ def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open one snapshot in one transaction in which the database refuses every write."""
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        connection.exec_driver_sql("SET LOCAL jit = off")
         yield connection

@@ -25,7 +25,8 @@ SCHEMA = "public"  # named, since a CTE of the same name stands in front
 # So many new or changed rows make the planner's statistics worth renewing within the refresh: the next cell
 # model reads these rows before autovacuum could see them.
 ANALYZE_FROM_ROWS = 10_000
-
+# Fewer rows than this join well enough without statistics, which cost more than they save.
+PLANNED_FROM_ROWS = 1_000
 
 # A table is read by index up to the point where that touches so much of it that one scan is cheaper.
 SCANNED_ROWS_PER_LOOK = 100
@@ -317,7 +318,8 @@ def _write_differences(
 
     execute(connection, f"DROP TABLE IF EXISTS {result}, {differing}")
     rows = execute(connection, f"CREATE TEMP TABLE {result[8:]} ON COMMIT DROP AS\n{query}").rowcount
-    execute(connection, f"ANALYZE {result} ({key})")
+    if rows >= PLANNED_FROM_ROWS:
+        execute(connection, f"ANALYZE {result} ({key})")
     before = execute(connection, f"SELECT count(*) FROM ({standing.format(columns='1 AS one')}) AS t").scalar_one()
     same = "true"
     if values:
@@ -326,23 +328,33 @@ def _write_differences(
             f"ROW({', '.join(f'r.{column}' for column in values)})"
         )
     first = quote(model.key[0])
-    execute(
+    differ = execute(
         connection,
         f"CREATE TEMP TABLE {differing[8:]} ON COMMIT DROP AS\n"
         f"SELECT t.standing_at, r.{first} IS NULL AS gone, {', '.join(f'r.{column}' for column in columns)}\n"
         f"FROM ({standing.format(columns='t.ctid AS standing_at, t.*')}) AS t\n"
         f"FULL JOIN {result} AS r ON {' AND '.join(f'r.{quote(c)} = t.{quote(c)}' for c in model.key)}\n"
         f"WHERE r.{first} IS NULL OR t.{first} IS NULL OR NOT ({same})",
-    )
-    execute(connection, f"ANALYZE {differing} (standing_at, gone)")
-    deleted = _write(
-        connection,
-        model,
-        f"DELETE FROM {table} AS t USING {differing} AS d WHERE t.ctid = d.standing_at AND d.gone",
-        changed,
-    )
-    updated = 0
-    if values:
+    ).rowcount
+    gone = new = 0
+    if differ:
+        kinds = execute(
+            connection,
+            f"SELECT count(*) FILTER (WHERE gone) AS gone, count(*) FILTER (WHERE standing_at IS NULL) AS fresh\n"
+            f"FROM {differing}",
+        ).one()
+        gone, new = int(kinds.gone), int(kinds.fresh)
+    if differ >= PLANNED_FROM_ROWS:
+        execute(connection, f"ANALYZE {differing} (standing_at, gone)")
+    deleted = updated = inserted = 0
+    if gone:
+        deleted = _write(
+            connection,
+            model,
+            f"DELETE FROM {table} AS t USING {differing} AS d WHERE t.ctid = d.standing_at AND d.gone",
+            changed,
+        )
+    if differ > gone + new:
         updated = _write(
             connection,
             model,
@@ -350,12 +362,13 @@ def _write_differences(
             f"FROM {differing} AS d WHERE t.ctid = d.standing_at AND NOT d.gone",
             changed,
         )
-    inserted = _write(
-        connection,
-        model,
-        f"INSERT INTO {table} AS t ({names})\nSELECT {names} FROM {differing} WHERE standing_at IS NULL",
-        changed,
-    )
+    if new:
+        inserted = _write(
+            connection,
+            model,
+            f"INSERT INTO {table} AS t ({names})\nSELECT {names} FROM {differing} WHERE standing_at IS NULL",
+            changed,
+        )
     kept = before - deleted
     if kept + inserted != rows:
         # Two new rows of one key break the primary key above; two of a row that was there show only here.

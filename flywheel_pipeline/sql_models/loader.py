@@ -95,6 +95,32 @@ class SqlModel:
         """
         return self._lineage()
 
+    @functools.cached_property
+    def names_used(self) -> frozenset[str]:
+        """Every column name in the SELECT, of whatever relation. Computed on first use: each refresh asks."""
+        names = {column.name for column in self.expression.find_all(exp.Column)}
+        names |= {column.name for join in self.expression.find_all(exp.Join) for column in join.args.get("using") or ()}
+        return frozenset(names)
+
+    @functools.cached_property
+    def read_whole(self) -> frozenset[str]:
+        """Relations of which the SELECT takes a star or the whole row. Computed on first use."""
+        found: set[str] = set()
+        for scope in traverse_scope(self.expression):
+            names = {column.name for column in scope.expression.find_all(exp.Column)}
+            stars = list(scope.expression.find_all(exp.Star))
+            for alias, source in scope.sources.items():
+                if isinstance(source, exp.Table) and (
+                    alias in names
+                    or any(
+                        star.parent is scope.expression
+                        or (isinstance(star.parent, exp.Column) and star.parent.table == alias)
+                        for star in stars
+                    )
+                ):
+                    found.add(source.name)
+        return frozenset(found)
+
     @property
     def scope_columns(self) -> tuple[str, ...]:
         """Columns that name the cell of a row: (site_id, day), (site_id, month), (site_id,); none for other models."""
@@ -242,19 +268,9 @@ def columns_read(models: Iterable[SqlModel], relation: str, columns: Iterable[st
     for model in models:
         if relation not in model.dependencies:
             continue
-        used |= {column.name for column in model.expression.find_all(exp.Column)}
-        used |= {column.name for join in model.expression.find_all(exp.Join) for column in join.args.get("using") or ()}
-        for scope in traverse_scope(model.expression):
-            for alias, source in scope.sources.items():
-                if not isinstance(source, exp.Table) or source.name != relation:
-                    continue
-                stars = any(
-                    star.parent is scope.expression
-                    or (isinstance(star.parent, exp.Column) and star.parent.table == alias)
-                    for star in scope.expression.find_all(exp.Star)
-                )
-                if stars or alias in {column.name for column in scope.expression.find_all(exp.Column)}:
-                    return columns
+        if relation in model.read_whole:
+            return columns
+        used |= model.names_used
     return [column for column in columns if column in used]
 
 

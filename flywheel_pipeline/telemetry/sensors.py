@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.aggregates.refresh import pending_cells
 from flywheel_pipeline.database.life import gives_sign
 from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.database.settings import get_settings
 
 WAIT_SECONDS = 20.0
 LOOK_SECONDS = 2.0
@@ -22,6 +23,7 @@ RETRY_AFTER_SECONDS = 30.0
 # older than this and gives none was killed with the process that would have reported it.
 SIGN_SECONDS = 10.0
 START_SECONDS = 30.0
+START_ELSEWHERE_SECONDS = {"celery": 60.0, "k8s": 300.0}  # a process on another host, a pod with its image
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -35,14 +37,16 @@ def runs_at_work(instance: dg.DagsterInstance, engine: sa.Engine, job_names: tup
     """Count the unfinished runs of these jobs; report those as failed whose process is gone.
 
     Dagster's run retries take a run from there. One that never began is left to Dagster's own monitoring, and is no
-    longer waited for: should it begin after all, two runs at once do no harm.
+    longer waited for: should it begin after all, two runs at once do no harm. One in Dagster's own queue will begin.
     """
-    at_work = 0
+    at_work, start_seconds = 0, START_ELSEWHERE_SECONDS.get(get_settings().run_launcher, START_SECONDS)
     for name in job_names:
         for record in instance.get_run_records(dg.RunsFilter(job_name=name, statuses=UNFINISHED), limit=10):
             run, now = record.dagster_run, time.time()
-            if record.start_time is None:
-                at_work += now - record.create_timestamp.timestamp() < START_SECONDS
+            if run.status == dg.DagsterRunStatus.QUEUED:
+                at_work += 1
+            elif record.start_time is None:
+                at_work += now - record.create_timestamp.timestamp() < start_seconds
             elif now - record.start_time < SIGN_SECONDS or gives_sign(engine, run.run_id):
                 at_work += 1
             else:

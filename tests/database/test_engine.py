@@ -107,7 +107,7 @@ def test_dagsters_url_is_for_psycopg2_and_its_own_schema() -> None:
     url = sa.make_url(text)
     assert url.drivername == "postgresql+psycopg2"
     assert url.password == "p@ss"  # noqa: S105
-    assert url.query["options"] == "-cwork_mem=7MB -csearch_path=dagster"
+    assert url.query["options"] == "-cwork_mem=7MB -csearch_path=dagster -cjit=off"
 
 
 def test_the_environment_decides_which_database(

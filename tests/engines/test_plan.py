@@ -49,6 +49,12 @@ PINS = [
         "FLYWHEEL_LIKE(FLYWHEEL_LOWER(t.action), FLYWHEEL_LOWER(t.execution_id))",
     ),
     ("action LIKE 'L1-%'", "t.action LIKE 'L1-%'", "t.action LIKE 'L1-%'"),
+    (
+        "action LIKE 'run\\_runbook:_%'",
+        "( STARTS_WITH(t.action, 'run_runbook:') AND LENGTH(t.action) >= 13 )",
+        "( STARTSWITH(t.action, 'run_runbook:') AND LENGTH(t.action) >= 13 )",
+    ),
+    ("substr(action, 13)", "SUBSTRING(t.action, 13)", "SUBSTRING(t.action, 13)"),
     ("(event_at AT TIME ZONE 'UTC')::date", "CAST(( ( t.event_at ) ) AS DATE)", "CAST(( ( t.event_at ) ) AS DATE)"),
     (
         "created_at - interval '730 days'",
@@ -124,6 +130,8 @@ def test_what_differs_in_silence_is_said_in_each_engines_words(given: str, duckd
         ("substring(action FROM '^L2-(.+?)$')", "not greedy"),
         ("substring(action FROM '^a(\\w+)')", "may not be empty"),
         ("action LIKE 'a\\_b'", "a backslash"),
+        ("substr(action, 0)", "places before the first"),
+        ("substr(action, 2, 3)", "only that FROM a place"),
         ("event_at + interval '1 month'", "an interval is so many"),
         ("flywheel_runbook_problem(action, action)", "a function of the database"),
         ("to_char(event_at, 'YYYY')", "not known to be the same"),

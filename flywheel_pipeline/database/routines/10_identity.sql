@@ -14,7 +14,12 @@ $$;
 
 CREATE OR REPLACE FUNCTION flywheel_action_runbook(action text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT substring(action from '^run_(?:windows_|linux_|macos_)?runbook:(.+)$')
+  SELECT CASE  -- each row of the log is asked this: a regular expression took 30 times as long
+    WHEN action LIKE 'run\_windows\_runbook:_%' THEN substr(action, 21)
+    WHEN action LIKE 'run\_runbook:_%' THEN substr(action, 13)
+    WHEN action LIKE 'run\_linux\_runbook:_%' THEN substr(action, 19)
+    WHEN action LIKE 'run\_macos\_runbook:_%' THEN substr(action, 19)
+  END
 $$;
 
 COMMENT ON FUNCTION flywheel_action_runbook(text) IS 'run_windows_runbook:RB-WIN-SEC-016 -> RB-WIN-SEC-016; null where an action names no runbook';
@@ -28,11 +33,11 @@ COMMENT ON FUNCTION flywheel_rule_ref(text, text, text) IS 'The rule an L1 row w
 
 CREATE OR REPLACE FUNCTION flywheel_runbook_ref(level text, rule_id text, runbook_id text, action text) RETURNS text
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT CASE
-    WHEN flywheel_action_runbook(action) IS NOT NULL THEN flywheel_action_runbook(action)
+  SELECT coalesce(flywheel_action_runbook(action), CASE
     WHEN level = 'L1' AND coalesce(rule_id, '') IN ('', runbook_id) THEN ''
-    ELSE coalesce(flywheel_action_runbook(substring(runbook_id from '^L2-(.+)$')), runbook_id)
-  END
+    WHEN runbook_id LIKE 'L2-_%' THEN coalesce(flywheel_action_runbook(substr(runbook_id, 4)), runbook_id)
+    ELSE runbook_id
+  END)
 $$;
 
 COMMENT ON FUNCTION flywheel_runbook_ref(text, text, text, text) IS 'The runbook that ran, or the pseudo-runbook reported; '''' on legacy L1 rows, which never said';

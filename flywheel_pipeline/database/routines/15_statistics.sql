@@ -11,3 +11,10 @@ CREATE STATISTICS IF NOT EXISTS flywheel_signatures (ndistinct)
 CREATE STATISTICS IF NOT EXISTS flywheel_rule_days (ndistinct)
   ON (flywheel_rule_ref(flywheel_level(resolution_level, rule_id, runbook_id), rule_id, runbook_id)),
      ((event_at AT TIME ZONE 'UTC')::date) FROM execution_telemetry;
+
+-- How many rules there are by the columns that name them: a count by rule then goes parallel as a whole (1 M rows: 0.57 s
+-- without, 0.47 s with). An empty table that nobody analysed is taken for forty aliases, which spoils the estimate.
+CREATE STATISTICS IF NOT EXISTS flywheel_rule_names (ndistinct)
+  ON resolution_level, rule_id, runbook_id FROM execution_telemetry;
+
+ANALYZE rule_aliases, site_aliases;

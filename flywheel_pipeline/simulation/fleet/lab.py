@@ -87,6 +87,7 @@ def run_scenario(
     stream: FleetStream,
     *,
     whole_graph: bool = False,
+    promotion_only: bool = False,
     told: Told | None = None,
     also: Callable[[Delivery], None] | None = None,
 ) -> History:
@@ -96,6 +97,8 @@ def run_scenario(
         engine: an upgraded database, empty of sites.
         stream: the fleet at its beginning.
         whole_graph: run the Dagster job for each pass instead of its functions in process.
+        promotion_only: queue no commands, and write manifests only after a pass that moved or quarantined a rule. For
+            fleets whose appliances, sites and agents stay as they are: their manifests are the same then.
         told: called as the days go by.
         also: called with each delivery, for files beside the database.
 
@@ -128,7 +131,9 @@ def run_scenario(
         if told is not None:
             told(day, days, "decide")
         run_id = f"simulation-{scenario.name}-{stream.seed}-day-{day}"
-        passed = _pass_by_graph(engine) if whole_graph else pass_in_process(engine, run_id)
+        passed = (
+            _pass_by_graph(engine) if whole_graph else pass_in_process(engine, run_id, promotion_only=promotion_only)
+        )
         history.days.append(
             Day(day, clock.isoformat(), asdict(landed), acts=acts, seconds=time.monotonic() - begun, **passed)
         )
@@ -153,8 +158,11 @@ def _copied(coming: Iterable[Delivery], also: Callable[[Delivery], None]) -> Ite
         yield delivery
 
 
-def pass_in_process(engine: sa.Engine, run_id: str) -> dict[str, Any]:
-    """Run one pass of the pipeline in this process, under the policy and clock in force; return what it did."""
+def pass_in_process(engine: sa.Engine, run_id: str, *, promotion_only: bool = False) -> dict[str, Any]:
+    """Run one pass of the pipeline in this process, under the policy and clock in force; return what it did.
+
+    `promotion_only` as in `run_scenario`.
+    """
     with engine.begin() as connection:
         batch = open_batch(connection, run_id)
         refresh(connection, _models(), batch_id=batch.batch_id)
@@ -177,8 +185,10 @@ def pass_in_process(engine: sa.Engine, run_id: str) -> dict[str, Any]:
     with engine.begin() as connection:
         applied = apply_promotions(connection, batch)
         unmet = unmet_gates(connection, batch.batch_id)
-        write_manifests(connection, batch.batch_id)
-        queue_commands(connection, batch.batch_id)
+        if not promotion_only or applied.moved or quarantined.moved:
+            write_manifests(connection, batch.batch_id)
+        if not promotion_only:
+            queue_commands(connection, batch.batch_id)
     held: dict[str, tuple[str, str]] = {
         item.subject_id: (item.decision.verdict, item.decision.reason)
         for item in decided

@@ -12,6 +12,7 @@ the posts on their way, never the past.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import hashlib
 import heapq
 import math
@@ -39,6 +40,12 @@ _PLACEHOLDERS: Final = ("AUTO-", "L2-", "ESC", "UNASSIGNED-", "GENERAL", "UNKNOW
 def uniforms(label: str) -> tuple[float, ...]:
     """Return eight numbers in [0, 1) that depend on the label alone."""
     return tuple([word / 2**64 for word in _EIGHT.unpack(hashlib.blake2b(label.encode()).digest())])
+
+
+@functools.cache
+def _builtin_rules() -> tuple[Mapping[str, Any], ...]:
+    """The built-in rules, read once: a fleet asks for them at each pass."""
+    return tuple(read_seed(BUILTIN_RULES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,7 @@ class FleetStream:
             for s in range(fleet.sites)
             for a in range(fleet.appliances_per_site)
         ]
-        builtin = {row["rule_id"] for row in read_seed(BUILTIN_RULES)}
+        builtin = {row["rule_id"] for row in _builtin_rules()}
         rules = [
             {
                 "rule_id": d.rule.rule_id,
@@ -214,7 +221,7 @@ class FleetStream:
             (row["incident_type"], row["platform"]): ServedRule(
                 row["rule_id"], row["incident_type"], row["platform"], row["runbook_id"]
             )
-            for row in read_seed(BUILTIN_RULES)
+            for row in _builtin_rules()
         }
         for drift in self.scenario.drifts:
             rule = drift.rule
