@@ -25,7 +25,7 @@ from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
 PACKAGE = "flywheel_pipeline"
 #: In flow order; the rest of the package is what they share.
 ROOMS = ("telemetry", "aggregates", "candidates", "promotion", "delivery", "health")
-BESIDE = ("sql_models", "contracts", "report", "simulation", "database", "orchestration", "cli")
+BESIDE = ("archive", "engines", "sql_models", "contracts", "report", "simulation", "database", "orchestration", "cli")
 DEFAULT = Path(__file__).parent.parent / "build" / "docs"
 
 

@@ -58,6 +58,7 @@ TEMPOS: Final[Mapping[str, Tempo]] = {
     "execution_telemetry": REPORTED,
     "alerts": WATCHED,
     "policy_backtest": NIGHTLY,
+    "telemetry_archive": NIGHTLY,
     "runbooks": BY_HAND,
     "appliances": BY_HAND,
     "day_backfill": BY_HAND,

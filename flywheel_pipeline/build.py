@@ -3,6 +3,7 @@
     telemetry -> aggregates -> candidates -> promotion -> delivery
                      |                          ^
                      +-> health (quarantines) --+
+    telemetry -> archive, at night
 
 Nothing here opens a connection: the code location imports in a second, and a missing database is the run's error.
 """
@@ -16,6 +17,13 @@ import dagster as dg
 
 from flywheel_pipeline.aggregates.assets import build_backfill_asset, build_refresh_asset
 from flywheel_pipeline.aggregates.checks import FULL_RECOUNT_TAG, aggregates_checks
+from flywheel_pipeline.archive.assets import (
+    ARCHIVE_CHECKS,
+    archive_checks,
+    build_archive_job,
+    build_archive_schedule,
+    telemetry_archive,
+)
 from flywheel_pipeline.asset_page import with_asset_pages
 from flywheel_pipeline.candidates.assets import patterns
 from flywheel_pipeline.candidates.checks import candidates_checks
@@ -30,6 +38,7 @@ from flywheel_pipeline.database.housekeeping import build_housekeeping_job
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.delivery.assets import build_delivery_asset
 from flywheel_pipeline.delivery.checks import delivery_checks
+from flywheel_pipeline.engines.choose import refuse_unportable
 from flywheel_pipeline.health.alerting.assets import alert_checks, alerts_table
 from flywheel_pipeline.health.assets import build_attribution_asset, build_demotion_asset
 from flywheel_pipeline.health.checks import health_checks
@@ -55,6 +64,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     `resources` replaces the database resource, for a test's own database.
     """
     graph = load_models()
+    refuse_unportable(graph)
     backfill = build_backfill_asset(graph)
     checks = [
         telemetry_checks,
@@ -67,13 +77,15 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
         delivery_checks,
         health_checks,
         alert_checks,
+        archive_checks,
     ]
     # Checks are named on their own: a check that nobody selected is silently left out of a job.
-    everything = (dg.AssetSelection.all() - dg.AssetSelection.assets(backfill)) | dg.AssetSelection.all_asset_checks()
+    apart = dg.AssetSelection.assets(backfill, telemetry_archive)
+    everything = (dg.AssetSelection.all() - apart) | dg.AssetSelection.all_asset_checks()
     pipeline = dg.define_asset_job(
         PIPELINE_JOB,
         selection=everything
-        - dg.AssetSelection.checks(*CONTRACT_CHECKS, *NIGHTLY_CHECKS)
+        - dg.AssetSelection.checks(*CONTRACT_CHECKS, *NIGHTLY_CHECKS, *ARCHIVE_CHECKS)
         - dg.AssetSelection.assets(policy_backtest),
         description="Telemetry to promoted rules: refresh, check, decide, apply, deliver.",
         executor_def=dg.in_process_executor,
@@ -103,6 +115,7 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
     )
     housekeeping = build_housekeeping_job()
     data_docs = build_data_docs_job()
+    archive_job = build_archive_job()
     retention = dg.ScheduleDefinition(
         name="nightly_housekeeping",
         job=housekeeping,
@@ -126,11 +139,26 @@ def build_defs(*, resources: Mapping[str, Any] | None = None) -> dg.Definitions:
                 apply,
                 policy_backtest,
                 build_delivery_asset(graph),
+                telemetry_archive,
             ]
         ),
         asset_checks=checks,
-        jobs=[pipeline, nightly_job, backfill_job, housekeeping, build_contracts_job(), data_docs, *human_jobs()],
-        schedules=[nightly, retention, build_data_docs_schedule(data_docs)],
+        jobs=[
+            pipeline,
+            nightly_job,
+            backfill_job,
+            archive_job,
+            housekeeping,
+            build_contracts_job(),
+            data_docs,
+            *human_jobs(),
+        ],
+        schedules=[
+            nightly,
+            retention,
+            build_data_docs_schedule(data_docs),
+            build_archive_schedule(archive_job),
+        ],
         sensors=[build_telemetry_sensor(PIPELINE_JOB, others=(NIGHTLY_JOB,)), build_alert_sensor()],
         resources=dict(resources or {"database": FlywheelDatabase()}),
         executor=chosen_executor(),

@@ -63,3 +63,9 @@ class PolicyError(FlywheelError):
     """A promotion policy was refused."""
 
     exit_code: ClassVar[int] = 8
+
+
+class ArchiveError(FlywheelError):
+    """The archive of telemetry is not there, not whole, or cannot be read or written."""
+
+    exit_code: ClassVar[int] = 9

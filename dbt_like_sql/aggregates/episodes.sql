@@ -89,11 +89,11 @@ SELECT
   CASE
     WHEN count(*) FILTER (WHERE outcome_class IN ('success', 'failure')) = 0 THEN 'unrated'
     WHEN bool_or(outcome_class = 'success' AND came_back) THEN 'failure'
-    WHEN (array_agg(outcome_class ORDER BY event_at DESC, execution_id DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1] = 'success' THEN 'success'
+    WHEN (array_agg(outcome_class ORDER BY event_at DESC, execution_id COLLATE "C" DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1] = 'success' THEN 'success'
     ELSE 'failure'
   END AS outcome,
   coalesce(
-    (array_agg(agent_version ORDER BY event_at DESC, execution_id DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1],
+    (array_agg(agent_version ORDER BY event_at DESC, execution_id COLLATE "C" DESC) FILTER (WHERE outcome_class IN ('success', 'failure')))[1],
     'unknown'
   ) AS agent_version
 FROM marked

@@ -8,9 +8,10 @@ import datetime as dt
 from collections.abc import Iterator
 
 import dagster as dg
+from pydantic import Field
 
 from flywheel_pipeline.aggregates.batches import open_batch
-from flywheel_pipeline.aggregates.refresh import refresh, touch
+from flywheel_pipeline.aggregates.refresh import lock_refresh, refresh, touch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.materialized import data_lag, note_arrival
 from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata
@@ -94,8 +95,14 @@ def build_refresh_asset(graph: ModelGraph) -> dg.AssetsDefinition:
     return refresh_models
 
 
+class BackfillConfig(dg.Config):
+    """Who computes this backfill, chosen in the launchpad; unset, FLYWHEEL_ENGINE says."""
+
+    engine: str | None = Field(default=None, description="postgres, duckdb or spark; unset: FLYWHEEL_ENGINE.")
+
+
 def build_backfill_asset(graph: ModelGraph) -> dg.AssetsDefinition:
-    """Build the daily partitioned asset that recomputes all cells of a day from the log."""
+    """Build the daily partitioned asset that recomputes all cells of a day, from the log or by another engine."""
 
     @dg.asset(
         name="day_backfill",
@@ -103,19 +110,34 @@ def build_backfill_asset(graph: ModelGraph) -> dg.AssetsDefinition:
         partitions_def=dg.DailyPartitionsDefinition(start_date=FIRST_DAY, timezone="UTC"),
         description=(
             "Recomputes all site-days of one UTC day from the log: select the days here to backfill them. "
-            "The same code as the refresh, with other cells; running it twice changes nothing."
+            "The same code as the refresh, with other cells; running it twice changes nothing. "
+            "The engine named in the config, or FLYWHEEL_ENGINE, computes; purged days come from the archive then."
         ),
         owners=["team:data-platform"],
         kinds={"postgres"},
         deps=["execution_telemetry"],
     )
-    def day_backfill(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> dg.MaterializeResult[None]:
+    def day_backfill(
+        context: dg.AssetExecutionContext, config: BackfillConfig, database: FlywheelDatabase
+    ) -> dg.MaterializeResult[None]:
+        from flywheel_pipeline.engines.choose import chosen_computation, pipes_launcher
+
         day = dt.date.fromisoformat(context.partition_key)
+        computation = chosen_computation(config.engine, launcher=pipes_launcher(context))
+        if computation is not None:
+            computation.check(graph)
         with database.engine.begin() as connection:
-            touched = touch(connection, from_day=day, to_day=day)
-            report = refresh(connection, graph, whole_rollups=True)
+            if computation is None:
+                touched = touch(connection, from_day=day, to_day=day)
+            else:
+                from flywheel_pipeline.engines.rebuild import touch_days
+
+                lock_refresh(connection)
+                touched = touch_days(connection, computation.archive, day, day)
+            report = refresh(connection, graph, whole_rollups=True, computation=computation)
         return dg.MaterializeResult(
             metadata={
+                "engine": computation.engine.name if computation is not None else "postgres",
                 "touched_cells": touched,
                 "cells": report.cells,
                 "rows_written": report.rows_written,

@@ -16,15 +16,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from flywheel_pipeline.archive.days import exclude_others
+from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.archive.retention import require_archived, verify_before
 from flywheel_pipeline.errors import FlywheelError, SchemaMismatch
 from flywheel_pipeline.health.demotion import drop_changed_checkpoints, drop_checkpoints_of_scope
 from flywheel_pipeline.sql_models.cells import CellCounts, Scope, recompute, shared_views, take_empty, view_query
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models, telemetry_columns
 from flywheel_pipeline.sql_models.relations import execute
 from flywheel_pipeline.sql_models.sync import stale_models
+
+if TYPE_CHECKING:
+    from flywheel_pipeline.engines.work import Computation
 
 CHUNK_CELLS = 20_000
 # From so many site-days on, empty tables are filled before their indexes are made.
@@ -80,8 +87,14 @@ CROSS JOIN (VALUES (0), (1)) AS b (back)
 CROSS JOIN LATERAL (
   SELECT c.site_id UNION SELECT a.site_id FROM site_aliases AS a WHERE a.alias = c.site_id
 ) AS n (site_id)
-WHERE NOT EXISTS (SELECT 1 FROM sealed_days AS s WHERE s.day = (c.day - b.back)::date)
+WHERE NOT EXISTS (SELECT 1 FROM sealed_days AS s WHERE s.day = (c.day - b.back)::date AND {closed})
 """
+# With an archive, a purged day is as open as another, if the archive has it and the day after, which decides what held.
+_SEALED = "true"
+_SEALED_WITHOUT_ARCHIVE = (
+    "(s.archived_generation IS NULL "
+    "OR EXISTS (SELECT 1 FROM sealed_days AS n WHERE n.day = s.day + 1 AND n.archived_generation IS NULL))"
+)
 _SCOPE_INPUT = """
 CREATE TEMP TABLE scope_input ON COMMIT DROP AS
 SELECT DISTINCT n.site_id::text AS site_id, (c.day + f.forward)::date AS day
@@ -128,6 +141,24 @@ counted AS (
 )
 SELECT l.day, l.rows, coalesce(c.rows, 0) AS counted FROM logged AS l LEFT JOIN counted AS c USING (day) ORDER BY l.day
 """
+_CELLS_OF = """
+WITH names AS (
+  SELECT CAST(:site AS text) AS site_id
+  UNION SELECT alias FROM site_aliases WHERE site_id = :site
+),
+cells AS (
+  SELECT site_id, (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry
+  WHERE (CAST(:site AS text) IS NULL OR site_id IN (SELECT site_id FROM names))
+    AND (CAST(:from_day AS date) IS NULL OR event_at >= CAST(:from_day AS timestamp) AT TIME ZONE 'UTC')
+    AND (CAST(:to_day AS date) IS NULL
+         OR event_at < CAST(:to_day AS timestamp) AT TIME ZONE 'UTC' + interval '1 day')
+  UNION
+  SELECT site_id, day FROM episodes
+  WHERE (CAST(:site AS text) IS NULL OR site_id IN (SELECT site_id FROM names))
+    AND (CAST(:from_day AS date) IS NULL OR day >= :from_day)
+    AND (CAST(:to_day AS date) IS NULL OR day <= :to_day)
+)
+"""
 _VOLUME = "telemetry_daily_volume"
 # Before the recompute: the newest arrival of what was read, if these site-days had not seen it yet. A rebuild, or another
 # alias, touches site-days in which nothing is new.
@@ -165,6 +196,7 @@ def refresh(
     max_cells: int | None = None,
     whole_rollups: bool = False,
     progress: Callable[[str], None] | None = None,
+    computation: Computation | None = None,
 ) -> RefreshReport:
     """Recompute the cells in the outbox, within the caller's transaction.
 
@@ -176,6 +208,8 @@ def refresh(
         whole_rollups: add up every key of the touched months and sites, as a rebuild does, so that rows that
             somebody else changed are set right; else only keys whose days were written.
         progress: called with the name of each model before it is recomputed.
+        computation: another engine that computes the models of cell day, and the archive it reads; None: PostgreSQL does.
+            The lock is held while it computes.
 
     Returns:
         Counts per model. A refresh with nothing in the outbox writes nothing but the counters' correction, if any.
@@ -188,9 +222,17 @@ def refresh(
     lock_refresh(connection)
     _refuse_what_would_corrupt(connection, graph)
     connection.exec_driver_sql(_SETTINGS)
-    cells = _take(connection, graph, max_cells)
-    views = _read_shared_views(connection, graph) if cells else {}
-    newest = connection.exec_driver_sql(_ARRIVED).scalar() if cells and _VOLUME in graph.models else None
+    cells = _take(connection, graph, max_cells, computation)
+    views: dict[str, str] = {}
+    computed: dict[str, str] = {}
+    newest = None
+    if cells and computation is not None:
+        from flywheel_pipeline.engines.work import compute_scope
+
+        computed = compute_scope(connection, graph, computation, progress)
+    elif cells:
+        views = _read_shared_views(connection, graph)
+        newest = connection.exec_driver_sql(_ARRIVED).scalar() if _VOLUME in graph.models else None
     models = [model for model in graph if model.materialized == "cell"]
     taken = cells >= BULK_CELLS and take_empty(connection, models, locked=("l1_rules", "cusum_checkpoints"))
     counts: dict[str, CellCounts] = {}
@@ -218,6 +260,7 @@ def refresh(
                 views=views,
                 changed=f"changed_{model.name}" if model.name in followed else None,
                 taken=taken,
+                computed=computed.get(model.name),
             )
         seconds[model.name] = time.monotonic() - begun
     if cells and "episodes" in followed:
@@ -258,20 +301,28 @@ def _refuse_what_would_corrupt(connection: sa.Connection, graph: ModelGraph) -> 
         )
 
 
-def _take(connection: sa.Connection, graph: ModelGraph, max_cells: int | None) -> int:
-    """Take outbox cells, widen them to the scope, and read the scope's telemetry; return the site-days to set."""
+def _take(
+    connection: sa.Connection, graph: ModelGraph, max_cells: int | None, computation: Computation | None = None
+) -> int:
+    """Take outbox cells, widen them to the scope, and read the scope's telemetry; return the site-days to set.
+
+    Where another engine computes, it reads the telemetry itself.
+    """
+    archived = computation is not None and computation.archive is not None
     _drop_scope(connection, graph)
     take = _TAKE_ALL if max_cells is None else _TAKE_SOME.format(limit=int(max_cells))
     connection.exec_driver_sql("CREATE TEMP TABLE scope_taken (site_id text, day date) ON COMMIT DROP")
     connection.exec_driver_sql(
         f"WITH taken AS ({take}) INSERT INTO scope_taken SELECT DISTINCT site_id, day FROM taken"  # noqa: S608
     )
-    for statement in (_SCOPE_DAYS, _SCOPE_INPUT, _SCOPE_MONTHS, _SCOPE_SITES):
+    scope_days = _SCOPE_DAYS.format(closed=_SEALED_WITHOUT_ARCHIVE if archived else _SEALED)
+    for statement in (scope_days, _SCOPE_INPUT, _SCOPE_MONTHS, _SCOPE_SITES):
         connection.exec_driver_sql(statement)
     cells = int(connection.exec_driver_sql("SELECT count(*) FROM scope_days").scalar_one())
     if cells:
         for table in ("scope_days", "scope_input", "scope_months", "scope_sites"):
             connection.exec_driver_sql(f"ANALYZE {table}")
+    if cells and computation is None:
         names = telemetry_columns(list(graph))
         few = connection.execute(
             sa.text(
@@ -309,7 +360,7 @@ def _drop_scope(connection: sa.Connection, graph: ModelGraph) -> None:
     """Drop the temporary tables of a refresh: the transaction may hold another one."""
     names = ["scope_taken", "scope_days", "scope_input", "scope_months", "scope_sites", "scope_telemetry"]
     names += [f"scope_view_{view.name}" for view in shared_views(graph)]
-    names += [f"{kind}_{model.name}" for model in graph if model.cell for kind in ("changed", "keys")]
+    names += [f"{kind}_{model.name}" for model in graph if model.cell for kind in ("changed", "keys", "landed")]
     connection.exec_driver_sql("DROP TABLE IF EXISTS " + ", ".join(f"pg_temp.{name}" for name in names))
 
 
@@ -364,29 +415,26 @@ def touch(
     return int(
         connection.execute(
             sa.text(
-                """
-                WITH names AS (
-                  SELECT CAST(:site AS text) AS site_id
-                  UNION SELECT alias FROM site_aliases WHERE site_id = :site
-                ),
-                cells AS (
-                  SELECT site_id, (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry
-                  WHERE (CAST(:site AS text) IS NULL OR site_id IN (SELECT site_id FROM names))
-                    AND (CAST(:from_day AS date) IS NULL OR event_at >= CAST(:from_day AS timestamp) AT TIME ZONE 'UTC')
-                    AND (CAST(:to_day AS date) IS NULL
-                         OR event_at < CAST(:to_day AS timestamp) AT TIME ZONE 'UTC' + interval '1 day')
-                  UNION
-                  SELECT site_id, day FROM episodes
-                  WHERE (CAST(:site AS text) IS NULL OR site_id IN (SELECT site_id FROM names))
-                    AND (CAST(:from_day AS date) IS NULL OR day >= :from_day)
-                    AND (CAST(:to_day AS date) IS NULL OR day <= :to_day)
-                )
-                INSERT INTO touched_cells (site_id, day) SELECT site_id, day FROM cells
-                """
+                _CELLS_OF + "INSERT INTO touched_cells (site_id, day, written) SELECT site_id, day, false FROM cells"  # noqa: S608
             ),
             {"site": site, "from_day": from_day, "to_day": to_day},
         ).rowcount
     )
+
+
+def cells_by_day(
+    connection: sa.Connection,
+    *,
+    site: str | None = None,
+    from_day: dt.date | None = None,
+    to_day: dt.date | None = None,
+) -> dict[dt.date, int]:
+    """Count by day the cells that `touch` would touch, in order of the days."""
+    rows = connection.execute(
+        sa.text(_CELLS_OF + "SELECT day, count(*) AS cells FROM cells GROUP BY day ORDER BY day"),  # noqa: S608
+        {"site": site, "from_day": from_day, "to_day": to_day},
+    )
+    return {row.day: row.cells for row in rows}
 
 
 def rebuild(
@@ -419,19 +467,27 @@ def rebuild(
     return reports
 
 
-def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, int]:
+def purge(engine: sa.Engine, *, before: dt.date, actor: str, archive: Archive | None = None) -> dict[dt.date, int]:
     """Delete the telemetry of days before `before` (UTC); their figures stay in the cells, sealed.
 
     The last day is kept whole, so no open recurrence window loses its rows. A row of a sealed day that comes later is
-    refused (`flywheel_refuse_days`).
+    refused (`flywheel_refuse_days`). Where an archive is set, a day goes only if the archive holds it, every byte of it
+    verified, as it is in the database.
 
     Returns:
         Rows deleted by day.
 
     Raises:
         FlywheelError: cells of those days wait in the outbox, or rows of them were never counted.
+        NotSafelyArchived: a day is not in the archive, not whole there, or was corrected since.
     """
+    verified = {}
+    if archive is not None:
+        with engine.connect() as connection:
+            verified = verify_before(connection, archive, before)
     with engine.begin() as connection:
+        if archive is not None:
+            exclude_others(connection)
         lock_refresh(connection)
         # From here to commit no writer can add a row that would be deleted uncounted.
         connection.exec_driver_sql("LOCK TABLE execution_telemetry IN SHARE ROW EXCLUSIVE MODE")
@@ -451,10 +507,16 @@ def purge(engine: sa.Engine, *, before: dt.date, actor: str) -> dict[dt.date, in
                 f"{first.rows} rows of {first.day} are in the log and {first.counted} in the aggregates, so purging would lose some.",
                 hint=f"Run `flywheel rebuild --from {first.day} --to {uncounted[-1].day}`, then purge again.",
             )
+        if archive is not None:
+            require_archived(connection, archive, before, verified, {row.day: row.rows for row in found})
         for row in found:
+            generation = verified[row.day].generation if archive is not None else None
             connection.execute(
-                sa.text("INSERT INTO sealed_days (day, rows_purged, actor) VALUES (:day, :rows, :actor)"),
-                {"day": row.day, "rows": row.rows, "actor": actor},
+                sa.text(
+                    "INSERT INTO sealed_days (day, rows_purged, actor, archived_generation) "
+                    "VALUES (:day, :rows, :actor, :generation)"
+                ),
+                {"day": row.day, "rows": row.rows, "actor": actor, "generation": generation},
             )
         connection.execute(
             sa.text("DELETE FROM execution_telemetry WHERE event_at < CAST(:before AS timestamp) AT TIME ZONE 'UTC'"),

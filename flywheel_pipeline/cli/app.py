@@ -1,7 +1,7 @@
 """The Typer application: its groups, and the one place where errors become messages and exit codes.
 
 Exit codes: 0 done · 1 failed or a figure is off · 2 usage · 3 database · 4 schema · 5 rows rejected · 6 port in use ·
-7 SQL model refused · 8 policy refused.
+7 SQL model refused · 8 policy refused · 9 archive · 10 engine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flywheel_pipeline.cli import (
     alerts,
     api,
     appliance,
+    archive,
     backup,
     database,
     docs,
@@ -39,7 +40,8 @@ app = typer.Typer(
     add_completion=False,
     epilog=(
         "Exit codes: 0 done, 1 failed or a figure is off, 2 usage, 3 database, 4 schema, 5 some rows rejected, "
-        "6 port in use, 7 SQL model refused, 8 policy refused."
+        "6 port in use, 7 SQL model refused, 8 policy refused, 9 the archive is missing or not whole, "
+        "10 the engine cannot be used."
     ),
 )
 
@@ -70,6 +72,7 @@ app.add_typer(alerts.app, name="alerts")
 api.register(app)
 node.register(app)
 report.register(app)
+app.add_typer(archive.app, name="archive")
 app.add_typer(database.app, name="db")
 app.add_typer(docs.app, name="docs")
 

@@ -109,13 +109,17 @@ def purge(
     actor: str = typer.Option(..., "--actor", help="Who decides this."),
     yes: bool = typer.Option(False, "--yes", help="Do not ask."),
 ) -> None:
-    """Delete old telemetry; its figures stay in the aggregates, sealed."""
+    """Delete old telemetry; its figures stay in the aggregates, sealed. Where FLYWHEEL_ARCHIVE_URL is set, only what it holds."""
     from flywheel_pipeline.aggregates.refresh import purge as run
+    from flywheel_pipeline.archive.configured import configured_archive
 
+    archive = configured_archive()
     if not yes:
         typer.confirm(f"Delete all telemetry of days before {before.date()} for ever?", abort=True, err=True)
-    days = run(open_database(), before=before.date(), actor=actor)
-    out.print(f"Purged {sum(days.values()):,} rows of {len(days)} days; their figures stay.")
+    with progress("verifying and purging" if archive else "purging"):
+        days = run(open_database(), before=before.date(), actor=actor, archive=archive)
+    kept = "their figures and the archive stay" if archive else "their figures stay"
+    out.print(f"Purged {sum(days.values()):,} rows of {len(days)} days; {kept}.")
 
 
 @app.command()

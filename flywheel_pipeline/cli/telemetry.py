@@ -75,26 +75,36 @@ def rebuild(
     site: str = typer.Option("", "--site", help="Only this site, by its name of today."),
     from_: dt.datetime | None = typer.Option(None, "--from", formats=["%Y-%m-%d"], help="First UTC day."),
     to: dt.datetime | None = typer.Option(None, "--to", formats=["%Y-%m-%d"], help="Last UTC day."),
+    engine_name: str = typer.Option(
+        "", "--engine", help="Who computes: postgres, duckdb or spark; default postgres (FLYWHEEL_ENGINE)."
+    ),
     json: bool = JSON,
 ) -> None:
-    """Recompute aggregates from the log, all or some. Safe to interrupt: the rest stays in the outbox."""
+    """Recompute aggregates, all or some: from the log, or by another engine over archive and log. Safe to interrupt."""
     from flywheel_pipeline.aggregates.refresh import rebuild as run
+    from flywheel_pipeline.engines.choose import chosen_computation
 
     if from_ and to and from_ > to:
         raise UsageError("--from is after --to.", hint="Both ends are included; swap them.")
+    computation = chosen_computation(engine_name or None)
     engine = open_database()
     with progress("rebuilding") as bar:
 
         def show(done: int, total: int) -> None:
             bar.update(bar.task_ids[0], description=f"rebuilding: {done:,} of {total:,} site-days", completed=done)
 
-        reports = run(
-            engine,
-            site=site or None,
-            from_day=from_.date() if from_ else None,
-            to_day=to.date() if to else None,
-            progress=show,
-        )
+        days: dict[str, Any] = {
+            "site": site or None,
+            "from_day": from_.date() if from_ else None,
+            "to_day": to.date() if to else None,
+            "progress": show,
+        }
+        if computation is None:
+            reports = run(engine, **days)
+        else:
+            from flywheel_pipeline.engines.rebuild import rebuild as run_elsewhere
+
+            reports = run_elsewhere(engine, computation, **days)
     if site and not any(r.cells for r in reports):
         raise UsageError(
             f"There is nothing of a site {site} in these days.",

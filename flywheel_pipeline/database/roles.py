@@ -86,6 +86,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
     },
     PIPELINE: {
         "touched_cells": _WRITE,
+        "day_versions": (_R, _I, _U),
         "telemetry_rejects": (_R, _I, _U),
         "rule_aliases": _WRITE,
         "site_aliases": _WRITE,

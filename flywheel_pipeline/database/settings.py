@@ -22,7 +22,10 @@ class Settings(BaseSettings):
     `database_url` unset or empty means the embedded server. `alert_urls` holds Apprise URLs separated by white space,
     `alert_rules` a YAML file of who hears what; `ui_url` is where links in alerts lead. `deliver_within_hours`: from
     promotion to delivery, and from a changed manifest to the appliance's report of it; `execute_within_hours`: from
-    delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer.
+    delivery to the first execution anywhere; `settle_within_hours`: from a command to its answer. `archive_url`: a folder or
+    an fsspec URL for closed days of telemetry; unset, nothing is archived. `archive_after_days`: full days (UTC) that pass
+    after a day's end before it counts as closed. `engine`: who computes rebuilds and backfills; the refresh of every minute is
+    always PostgreSQL's. `spark_master`: URL of the Spark master, for the engine spark.
 
     `run_launcher` says where runs are executed (this host, Celery workers, a cluster) and `executor` how the steps of
     those that are not the minute path's; `run_slots` is how many runs at once over all hosts. `code_server` is the
@@ -61,6 +64,11 @@ class Settings(BaseSettings):
     k8s_instance_config_map: str = "flywheel-dagster"
     k8s_env_from: str = "flywheel"  # name of the Secret whose keys are the environment of its pods
 
+    archive_url: SecretStr | None = None
+    archive_after_days: int = Field(default=1, ge=0, le=3650)
+    engine: Literal["postgres", "duckdb", "spark"] = "postgres"
+    spark_master: str = "local[*]"
+
     @field_validator("home", mode="after")
     @classmethod
     def _resolve_home(cls, home: Path) -> Path:
@@ -74,6 +82,7 @@ class Settings(BaseSettings):
         "api_metrics_token",
         "celery_broker_url",
         "code_server",
+        "archive_url",
         "k8s_image",
         mode="before",
     )

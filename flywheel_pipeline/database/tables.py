@@ -304,7 +304,23 @@ touched_cells = sa.Table(
     sa.Column("site_id", sa.String(255), nullable=False, comment="as written, aliases not resolved"),
     sa.Column("day", sa.Date, nullable=False),
     sa.Column("touched_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.Column(
+        "written",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.true(),
+        comment="false: to be recomputed, though no row of it was written",
+    ),
     comment="Outbox: append-only, no key; a refresh takes rows with DELETE ... RETURNING.",
+)
+
+day_versions = sa.Table(
+    "day_versions",
+    metadata,
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("version", pg.UUID(as_uuid=True), nullable=False, server_default=sa.text("gen_random_uuid()")),
+    sa.Column("noted_at", Stamp, nullable=False, server_default=sa.text("clock_timestamp()")),
+    comment="The version of each day's telemetry: another one whenever written cells of it leave the outbox.",
 )
 
 telemetry_rejects = sa.Table(
@@ -399,6 +415,9 @@ sealed_days = sa.Table(
     sa.Column("sealed_at", Stamp, nullable=False, server_default=NOW),
     sa.Column("rows_purged", sa.BigInteger, nullable=False),
     sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column(
+        "archived_generation", sa.String(64), comment="what the archive holds of it; null: nothing, it was purged"
+    ),
     comment="Days whose telemetry was purged: their cells keep their figures and are recomputed no more.",
 )
 

@@ -231,6 +231,7 @@ def recompute(
     views: Mapping[str, str] | None = None,
     changed: str | None = None,
     taken: bool = False,
+    computed: str | None = None,
 ) -> CellCounts:
     """Set a cell model's rows for the cells in scope, and write only what differs.
 
@@ -253,6 +254,7 @@ def recompute(
         views: see `cell_query`.
         changed: a temporary table to create and fill with the key of every row that was written.
         taken: by `take_empty`: the table gets its key and indexes again after the rows.
+        computed: a SELECT from `m` that gives the rows, where somebody else computed them; None computes them here.
 
     Returns:
         Rows inserted, updated, deleted, and found as they should be, of the cells in scope.
@@ -260,7 +262,7 @@ def recompute(
     Raises:
         ModelError: the SELECT gives two rows with one key, or a null in the key.
     """
-    query = cell_query(graph, model, everything=everything, scope=scope, telemetry=telemetry, views=views)
+    query = computed or cell_query(graph, model, everything=everything, scope=scope, telemetry=telemetry, views=views)
     table = f"{SCHEMA}.{model.name}"
     names = ", ".join(quote(column) for column in model.columns)
     if changed is not None:

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 import yaml
 
 from flywheel_pipeline.aggregates.assets import FEEDBACK
+from flywheel_pipeline.archive.assets import ARCHIVE_CHECKS
 from flywheel_pipeline.asset_page import TEMPO_TAG, TEMPOS, code_version
 from flywheel_pipeline.build import CONTRACT_CHECKS, NIGHTLY_JOB, PIPELINE_JOB, build_defs
 from flywheel_pipeline.database.column_words import idle_words
@@ -28,10 +29,18 @@ from flywheel_pipeline.telemetry.checks import NIGHTLY_CHECKS
 from flywheel_pipeline.telemetry.quality import FRESH_WITHIN
 
 SNAPSHOT = Path(__file__).with_name("graph_snapshot.yaml")
-GROUPS = {"telemetry", "aggregates", "candidates", "promotion", "delivery", "health", "simulation"}
+GROUPS = {"telemetry", "aggregates", "candidates", "promotion", "delivery", "health", "archive", "simulation"}
 #: The job that promotes, and what may be left out of it: days are backfilled by hand, the backtest costs seconds.
-NO_TABLE = {"rule_quarantines", "policy_backtest", "day_backfill"}  # what a run did, not rows of a relation
-LEFT_OUT = {PIPELINE_JOB: {"day_backfill", "policy_backtest"}, NIGHTLY_JOB: {"day_backfill"}}
+NO_TABLE = {
+    "rule_quarantines",
+    "policy_backtest",
+    "day_backfill",
+    "telemetry_archive",
+}  # what a run did, not rows of a relation
+LEFT_OUT = {
+    PIPELINE_JOB: {"day_backfill", "policy_backtest", "telemetry_archive"},
+    NIGHTLY_JOB: {"day_backfill", "telemetry_archive"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +157,9 @@ def test_every_gate_stands_upstream_of_the_ledger(nodes: dict[str, Any], checks:
 def test_no_check_and_no_asset_is_left_out_of_the_jobs_that_promote(
     definitions: dg.Definitions, nodes: dict[str, Any], checks: dict[str, dg.AssetCheckSpec]
 ) -> None:
-    at_night = {f"{key.asset_key.to_user_string()}.{key.name}" for key in (*CONTRACT_CHECKS, *NIGHTLY_CHECKS)}
+    at_night = {
+        f"{key.asset_key.to_user_string()}.{key.name}" for key in (*CONTRACT_CHECKS, *NIGHTLY_CHECKS, *ARCHIVE_CHECKS)
+    }
     assert not {name for name, spec in checks.items() if spec.blocking} & at_night
     jobs = shape(definitions, nodes, checks)["jobs"]
     made_here = {name for name, node in nodes.items() if node.is_materializable}

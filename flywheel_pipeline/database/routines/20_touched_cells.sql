@@ -109,8 +109,8 @@ DECLARE
   cells bigint;
 BEGIN
   PERFORM flywheel_exclude_refresh('touching all cells');
-  INSERT INTO touched_cells (site_id, day)
-  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date FROM execution_telemetry;
+  INSERT INTO touched_cells (site_id, day, written)
+  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date, false FROM execution_telemetry;
   GET DIAGNOSTICS cells = ROW_COUNT;
   PERFORM flywheel_wake();
   RETURN cells;
@@ -130,6 +130,20 @@ BEGIN
   PERFORM flywheel_wake();
   RETURN NULL;
 END $$;
+
+-- The version of a day's telemetry, by which an archived day is known to be that of today. While written cells of the day
+-- wait in the outbox it was changed; whoever takes them notes it here, in the same transaction. So at every moment one of
+-- the two says so, and an export that saw neither saw every row: an entry and its rows become visible at once.
+CREATE OR REPLACE FUNCTION flywheel_note_days() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = public, pg_temp AS $$
+BEGIN
+  INSERT INTO day_versions (day) SELECT day FROM old_rows WHERE written GROUP BY day ORDER BY day
+  ON CONFLICT (day) DO UPDATE SET version = excluded.version, noted_at = excluded.noted_at;
+  RETURN NULL;
+END $$;
+DROP TRIGGER IF EXISTS flywheel_note_days ON touched_cells;
+CREATE TRIGGER flywheel_note_days AFTER DELETE ON touched_cells
+  REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION flywheel_note_days();
 
 DROP TRIGGER IF EXISTS flywheel_touch_inserted ON execution_telemetry;
 CREATE TRIGGER flywheel_touch_inserted AFTER INSERT ON execution_telemetry
@@ -151,8 +165,8 @@ DROP FUNCTION IF EXISTS flywheel_touch_rule(text);
 
 CREATE OR REPLACE FUNCTION flywheel_touch_site(named site_aliases) RETURNS void LANGUAGE sql
 SET search_path = public, pg_temp AS $$
-  INSERT INTO touched_cells (site_id, day)
-  SELECT s.site_id, d.day
+  INSERT INTO touched_cells (site_id, day, written)
+  SELECT s.site_id, d.day, false
   FROM (
     SELECT DISTINCT (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry
     WHERE site_id = named.alias AND event_at >= named.valid_from AND event_at < named.valid_to
@@ -162,8 +176,8 @@ $$;
 
 CREATE OR REPLACE FUNCTION flywheel_touch_rule(named rule_aliases) RETURNS void LANGUAGE sql
 SET search_path = public, pg_temp AS $$
-  INSERT INTO touched_cells (site_id, day)
-  SELECT DISTINCT t.site_id, (t.event_at AT TIME ZONE 'UTC')::date
+  INSERT INTO touched_cells (site_id, day, written)
+  SELECT DISTINCT t.site_id, (t.event_at AT TIME ZONE 'UTC')::date, false
   FROM execution_telemetry t
   WHERE named.alias IN (t.rule_id, t.runbook_id) AND t.event_at >= named.valid_from AND t.event_at < named.valid_to
     AND flywheel_rule_ref(flywheel_level(t.resolution_level, t.rule_id, t.runbook_id), t.rule_id, t.runbook_id) = named.alias;
@@ -171,8 +185,8 @@ $$;
 
 CREATE OR REPLACE FUNCTION flywheel_touch_class_rule(rule outcome_class_rules) RETURNS void LANGUAGE sql
 SET search_path = public, pg_temp AS $$
-  INSERT INTO touched_cells (site_id, day)
-  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date
+  INSERT INTO touched_cells (site_id, day, written)
+  SELECT DISTINCT site_id, (event_at AT TIME ZONE 'UTC')::date, false
   FROM execution_telemetry t
   WHERE (CASE rule.field WHEN 'error_message' THEN t.error_message WHEN 'failure_type' THEN t.failure_type ELSE t.status END) ILIKE rule.pattern;
 $$;

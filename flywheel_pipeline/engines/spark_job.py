@@ -1,0 +1,137 @@
+"""The driver of one Spark job: `python -m flywheel_pipeline.engines.spark_job SCRATCH`, started by Dagster Pipes or alone.
+
+Belongs here: a Spark session over the files of a job. Does not belong here: the database, of which it knows nothing.
+
+Small tables, live days and results go through this process; the archive is read by the workers, so its URL must mean the
+same there. No Python runs on a worker. Tasks of a lost worker run again elsewhere, which is Spark's own doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from flywheel_pipeline.engines.spark import FAILURE_FILE, JOB_FILE
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+#: Equal digits ask for these: times in UTC without a zone, old dates as they are, no silent overflow.
+_CONFIGURATION = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.timestampType": "TIMESTAMP_NTZ",
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    "spark.sql.caseSensitive": "false",
+    "spark.driver.maxResultSize": "0",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+def run(scratch: Path, say: Any = print) -> None:
+    """Compute the steps of the job in `scratch` and write those that land beside it, as Parquet files.
+
+    Args:
+        scratch: a folder with `job.json` and the files that it names.
+        say: called with a line for each step.
+    """
+    job = json.loads((scratch / JOB_FILE).read_text(encoding="utf-8"))
+    with _session(job["master"]) as session:
+        _spread(session, job)
+        for statement in job["preamble"]:
+            session.sql(statement)
+        for name in job["tables"]:
+            # Each is small and read often: held by the driver, sent along with the plan.
+            session.createDataFrame(pq.read_table(scratch / f"table_{name}.parquet")).createOrReplaceTempView(name)
+        _telemetry(session, job).createOrReplaceTempView("execution_telemetry")
+        for step in job["steps"]:
+            frame = session.sql(step["sql"])
+            if step["name"] in job["read"]:
+                frame = frame.persist()
+            frame.createOrReplaceTempView(step["name"])
+            if step["lands"]:
+                table = frame.toArrow()
+                pq.write_table(table, scratch / f"{step['name']}.parquet")
+                say(f"{step['name']}: {table.num_rows:,} rows")
+
+
+@contextlib.contextmanager
+def _session(master: str) -> Iterator[SparkSession]:
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.master(master).appName("flywheel")
+    for name, value in _CONFIGURATION.items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
+    session.sparkContext.setLogLevel("WARN")
+    try:
+        yield session
+    finally:
+        session.stop()
+
+
+def _spread(session: SparkSession, job: dict[str, Any]) -> None:
+    """As many shuffle partitions as there are cores twice over, or 64 MB each: Spark's own 200 cost a small day minutes."""
+    if session.conf.get("spark.sql.shuffle.partitions") == "200":
+        partitions = max(2 * session.sparkContext.defaultParallelism, job["bytes"] // (64 << 20), 2)
+        session.conf.set("spark.sql.shuffle.partitions", str(partitions))
+
+
+def _telemetry(session: SparkSession, job: dict[str, Any]) -> Any:
+    frames = []
+    if job["archived"]:
+        paths = [url.replace("s3://", "s3a://", 1) for url in job["archived"]]
+        frames.append(session.read.parquet(*paths).selectExpr(*_columns(job)))
+    if job["live"]:
+        frames.append(session.createDataFrame(pq.read_table(job["live"])).selectExpr(*_columns(job)))
+    if not frames:
+        from flywheel_pipeline.archive.columns import schema
+
+        nothing = schema("executions").empty_table().select(job["telemetry"])
+        frames.append(session.createDataFrame(nothing).selectExpr(*_columns(job)))
+    telemetry = frames[0] if len(frames) == 1 else frames[0].unionByName(frames[1])
+    return telemetry if job["sites"] is None else telemetry.where(telemetry.site_id.isin(job["sites"]))
+
+
+def _columns(job: dict[str, Any]) -> list[str]:
+    return [part.strip() for part in job["select"].split(", ")]
+
+
+def main() -> int:
+    """Run the job of the folder given; say why in `failure.json` where it fails."""
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    scratch = Path(sys.argv[1])
+    try:
+        if "DAGSTER_PIPES_CONTEXT" in os.environ:
+            from dagster_pipes import open_dagster_pipes
+
+            with open_dagster_pipes() as pipes:
+                run(scratch, pipes.log.info)
+        else:
+            run(scratch)
+    except (PySparkException, Py4JError, OSError) as error:
+        (scratch / FAILURE_FILE).write_text(json.dumps({"message": _said(error)}), encoding="utf-8")
+        raise
+    return 0
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("Caused by:", "["))] or lines or [type(error).__name__]
+    return told[0].removeprefix("Caused by:").strip()[:500]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

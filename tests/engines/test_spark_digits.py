@@ -1,0 +1,123 @@
+"""Spark gives the same figures to the last digit: in one process, on a cluster, and on one that loses a worker in mid-job."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+from digits import NOON, PATTERNS, ROWS, contents, differences, empty, row, write
+from hypothesis import Phase, find, settings
+from hypothesis import strategies as st
+from spark_cluster import Cluster, cluster, require_java
+from test_duckdb_digits import odd_rows, play_the_golden_day
+
+from flywheel_pipeline.aggregates import refresh
+from flywheel_pipeline.aggregates.assets import build_backfill_asset
+from flywheel_pipeline.archive.export import export_due
+from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.engines.errors import EngineError
+from flywheel_pipeline.engines.rebuild import rebuild
+from flywheel_pipeline.engines.spark import SparkEngine
+from flywheel_pipeline.engines.work import Computation
+from flywheel_pipeline.sql_models.loader import load_models
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(autouse=True)
+def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_java()
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+
+
+@pytest.fixture
+def two_workers(tmp_path: Path) -> Iterator[Cluster]:
+    """A master and two workers."""
+    with cluster(tmp_path) as running:
+        yield running
+
+
+def test_the_golden_day_is_equal_to_the_last_digit(engine: sa.Engine) -> None:
+    play_the_golden_day(engine)
+    assert differences(engine, SparkEngine("local[2]")) == {}
+
+
+def test_time_zones_nulls_ties_and_unicode_are_equal(engine: sa.Engine) -> None:
+    many = st.tuples(st.lists(ROWS, min_size=12, max_size=12), st.lists(PATTERNS, min_size=4, max_size=4, unique=True))
+    lists, patterns = find(
+        many, lambda _: True, settings=settings(phases=[Phase.generate], database=None), random=Random(15)
+    )
+    rows = [{**one, "execution_id": f"x-{number}"} for number, one in enumerate(itertools.chain(*lists))]
+    odd_rows(engine, rows, patterns)
+    assert differences(engine, SparkEngine("local[2]")) == {}
+
+
+def test_a_file_that_is_no_parquet_is_one_sentence_and_nothing_is_written(engine: sa.Engine, tmp_path: Path) -> None:
+    write(engine, [row(at=NOON)])
+    refresh.rebuild(engine)
+    archive = Archive.open(tmp_path / "archive", create=True)
+    export_due(engine, archive, today=NOON.date() + dt.timedelta(days=2), after_days=0)
+    (file,) = archive.manifest(NOON.date()).files("executions")
+    assert file.local_path is not None
+    file.local_path.write_bytes(b"x" * file.bytes)
+    before = contents(engine)
+    with pytest.raises(EngineError, match=r"Spark at local\[2\] could not compute the models: "):
+        rebuild(engine, Computation(SparkEngine("local[2]"), archive))
+    assert contents(engine) == before
+
+
+def test_a_backfill_in_the_launchpad_runs_spark_through_pipes(
+    engine: sa.Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(engine, [row(at=NOON + dt.timedelta(hours=n), hostname=f"host-{n % 3}") for n in range(9)])
+    refresh.rebuild(engine)
+    right = contents(engine)
+    empty(engine)
+    monkeypatch.setenv("FLYWHEEL_SPARK_MASTER", "local[2]")
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            [build_backfill_asset(load_models())],
+            partition_key=str(NOON.date()),
+            resources={"database": FlywheelDatabase(url=database_url)},
+            run_config={"ops": {"day_backfill": {"config": {"engine": "spark"}}}},
+            instance=instance,
+        )
+        assert result.success
+        said = [log.user_message for log in instance.all_logs(result.run_id)]
+    assert any(message.startswith("episodes: ") for message in said)  # the driver's own words, by Pipes
+    (materialization,) = result.asset_materializations_for_node("day_backfill")
+    assert materialization.metadata["engine"].value == "spark"
+    assert contents(engine) == right
+
+
+def test_a_worker_killed_in_mid_job_changes_no_digit(engine: sa.Engine, two_workers: Cluster, tmp_path: Path) -> None:
+    play_the_golden_day(engine)
+    refresh.rebuild(engine)
+    archive = Archive.open(tmp_path / "archive", create=True)
+    export_due(engine, archive, today=dt.date(2026, 2, 20), after_days=0)
+    killed: list[float] = []
+
+    def kill_at_work() -> None:
+        victim = two_workers.workers[0]
+        # Of some 30 seconds that each worker's executor has to do: it has tasks, and holds results of others.
+        while (worked := two_workers.worked_seconds(victim)) < 12:
+            time.sleep(0.1)
+        two_workers.kill(victim)
+        killed.append(worked)
+
+    killer = threading.Thread(target=kill_at_work, daemon=True)
+    killer.start()
+    found = differences(engine, SparkEngine(two_workers.url), archive)
+    killer.join(timeout=5)
+    assert killed, "the job was over before the worker was killed"
+    assert two_workers.workers[0].returncode == -9
+    assert found == {}
