@@ -28,10 +28,10 @@ up: install
 	$(BIN)/flywheel simulate replay-2026-02-15 --unless-played
 	$(BIN)/flywheel up
 
-test: lint scale
+test: lint
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-lint: install
+lint: install scale
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
