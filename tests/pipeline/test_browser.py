@@ -33,7 +33,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--window-size=1600,1200",
 )
-ROOMS = ("telemetry", "aggregates", "candidates", "promotion", "delivery", "health")
+ROOMS = ("telemetry", "archive", "aggregates", "candidates", "promotion", "delivery", "health")
 LOCATION = "flywheel"
 WAIT_SECONDS = 45
 

@@ -13,6 +13,10 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # A refresh takes the outbox and then reads telemetry, a writer goes the other way: without a refresh at work, and with
+    # telemetry first, nobody waits for whom he keeps waiting. It is the lock of flywheel_lock_refresh().
+    op.execute("SELECT pg_advisory_xact_lock(7380407443113377793)")
+    op.execute("LOCK TABLE execution_telemetry IN ACCESS EXCLUSIVE MODE")
     op.create_table(
         "day_versions",
         sa.Column("day", sa.Date(), nullable=False),
