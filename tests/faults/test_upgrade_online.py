@@ -37,6 +37,7 @@ def at_revision(engine: sa.Engine, revision: str) -> None:
         config = declared.alembic_config()
         config.attributes.update(connection=connection, on_version_apply=None)
         command.upgrade(config, revision)
+        connection.exec_driver_sql("SET LOCAL check_function_bodies = off")
         for routine in declared.routines():
             # A routine of today may need a column of tomorrow; the outbox is needed by the writers below.
             savepoint = connection.begin_nested()
