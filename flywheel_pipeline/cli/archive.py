@@ -69,7 +69,7 @@ def export(
 def list_days(json: bool = typer.Option(False, "--json", help="Print one JSON document.")) -> None:
     """Show each day: whether it is archived as it is now, waits for an export, was corrected since, or was purged."""
     from flywheel_pipeline.archive.configured import require_archive
-    from flywheel_pipeline.archive.days import day_states
+    from flywheel_pipeline.archive.days import State, day_states
     from flywheel_pipeline.database.settings import get_settings
 
     settings = get_settings()
@@ -90,7 +90,8 @@ def list_days(json: bool = typer.Option(False, "--json", help="Print one JSON do
         "archived_bytes": "bytes",
         "reason": "why",
     }
-    print_table(f"The archive {archive.shown}", [asdict(state) for state in states], columns)
+    rows = [{**asdict(state), "reason": "" if state.state is State.ARCHIVED else state.reason} for state in states]
+    print_table(f"The archive {archive.shown}", rows, columns)
     out.print(
         f"{sum(state.archived_rows is not None for state in states)} days archived, "
         f"{sum(state.waits for state in states)} wait for an export."
