@@ -274,9 +274,12 @@ def test_a_body_that_cannot_be_taken_says_why_and_what_to_do(
 def test_a_gzip_bomb_is_given_up_before_it_fills_the_memory(api: Api) -> None:
     import tracemalloc
 
-    maker = zlib.compressobj(9, wbits=31)
-    bomb = b"".join(maker.compress(b"\0" * (1 << 20)) for _ in range(2_000)) + maker.flush()
+    maker = zlib.compressobj(9, wbits=-15)
+    megabyte = maker.compress(b"\0" * (1 << 20)) + maker.flush(zlib.Z_FULL_FLUSH)  # refers to nothing before it
+    bomb = b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + megabyte * 2_000
     assert len(bomb) < 8 << 20
+    unpacked = zlib.decompressobj(wbits=31).decompress(bomb, 3 << 20)
+    assert unpacked == b"\0" * (3 << 20)
     tracemalloc.start()
     answer = api.send(bomb, Content_Encoding="gzip")
     _, peak = tracemalloc.get_traced_memory()
