@@ -47,11 +47,15 @@ def launch_subprocess(command: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class SparkEngine:
-    """Spark at `master`; `launch` starts the driver, by Dagster Pipes within a run."""
+    """Spark at `master`; `launch` starts the driver, by Dagster Pipes within a run.
+
+    The driver brings results together `piece_rows` at a time: Spark gives it 1 GB, and a year of episodes may be twice that.
+    """
 
     master: str = "local[*]"
     launch: Launcher = field(default=launch_subprocess)
     failures: tuple[type[Exception], ...] = (subprocess.CalledProcessError,)
+    piece_rows: int = 500_000
 
     name = "spark"
     dialect: Dialect = "spark"
@@ -102,6 +106,7 @@ class SparkEngine:
             "bytes": sum(file.bytes for file in job.archived) + (job.live.stat().st_size if job.live else 0),
             "telemetry": list(job.plan.telemetry),
             "select": telemetry_select(job.plan.telemetry),
+            "piece_rows": self.piece_rows,
             "sites": list(job.sites) if job.sites is not None else None,
             "tables": list(job.tables),
             "steps": [{"name": step.name, "sql": step.sql, "lands": step.lands} for step in job.plan.steps],

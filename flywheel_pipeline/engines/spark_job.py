@@ -2,8 +2,9 @@
 
 Belongs here: a Spark session over the files of a job. Does not belong here: the database, of which it knows nothing.
 
-Small tables, live days and results go through this process; the archive is read by the workers, so its URL must mean the
-same there. No Python runs on a worker. Tasks of a lost worker run again elsewhere, which is Spark's own doing.
+Small tables, live days and results go through this process, results a piece at a time; the archive is read by the workers, so
+its URL must mean the same there. No Python runs on a worker. Tasks of a lost worker run again elsewhere, which is Spark's own
+doing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 from flywheel_pipeline.engines.spark import FAILURE_FILE, JOB_FILE
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 #: Equal digits ask for these: times in UTC without a zone, old dates as they are, no silent overflow.
 _CONFIGURATION = {
@@ -56,13 +57,39 @@ def run(scratch: Path, say: Any = print) -> None:
         _telemetry(session, job).createOrReplaceTempView("execution_telemetry")
         for step in job["steps"]:
             frame = session.sql(step["sql"])
-            if step["name"] in job["read"]:
+            if step["lands"] or step["name"] in job["read"]:
                 frame = frame.persist()
             frame.createOrReplaceTempView(step["name"])
             if step["lands"]:
-                table = frame.toArrow()
-                pq.write_table(table, scratch / f"{step['name']}.parquet")
-                say(f"{step['name']}: {table.num_rows:,} rows")
+                rows = _bring(frame, scratch / f"{step['name']}.parquet", job["piece_rows"])
+                say(f"{step['name']}: {rows:,} rows")
+            if step["name"] not in job["read"]:
+                frame.unpersist()
+
+
+def _bring(frame: DataFrame, target: Path, piece_rows: int) -> int:
+    """Write the rows of a persisted frame to one Parquet file here, so many at once; return how many."""
+    from pyspark.sql import functions as F
+
+    pieces = -(-frame.count() // piece_rows)
+    if pieces <= 1:
+        table = frame.toArrow()
+        pq.write_table(table, target)
+        return int(table.num_rows)
+    columns = frame.columns
+    piece = F.pmod(F.xxhash64(*columns), F.lit(pieces)).alias("_piece")
+    # Rows of a piece lie together in what is persisted, and Spark passes over the rest by its statistics.
+    cut = frame.select("*", piece).repartition(pieces, "_piece").sortWithinPartitions("_piece").persist()
+    rows = 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(cut.unpersist)
+        writer = None
+        for number in range(pieces):
+            table = cut.where(F.col("_piece") == number).select(*columns).toArrow()
+            writer = writer or stack.enter_context(pq.ParquetWriter(target, table.schema))
+            writer.write_table(table)
+            rows += table.num_rows
+    return rows
 
 
 @contextlib.contextmanager

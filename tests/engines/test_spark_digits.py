@@ -59,6 +59,7 @@ def test_time_zones_nulls_ties_and_unicode_are_equal(engine: sa.Engine) -> None:
     rows = [{**one, "execution_id": f"x-{number}"} for number, one in enumerate(itertools.chain(*lists))]
     odd_rows(engine, rows, patterns)
     assert differences(engine, SparkEngine("local[2]")) == {}
+    assert differences(engine, SparkEngine("local[2]", piece_rows=40)) == {}  # results that come in many pieces
 
 
 def test_a_file_that_is_no_parquet_is_one_sentence_and_nothing_is_written(engine: sa.Engine, tmp_path: Path) -> None:
