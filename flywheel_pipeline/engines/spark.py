@@ -49,13 +49,13 @@ def launch_subprocess(command: Sequence[str]) -> None:
 class SparkEngine:
     """Spark at `master`; `launch` starts the driver, by Dagster Pipes within a run.
 
-    The driver brings results together `piece_rows` at a time: Spark gives it 1 GB, and a year of episodes may be twice that.
+    The driver brings results together `piece_rows` at a time, since a year of episodes takes more memory than it has.
     """
 
     master: str = "local[*]"
     launch: Launcher = field(default=launch_subprocess)
     failures: tuple[type[Exception], ...] = (subprocess.CalledProcessError,)
-    piece_rows: int = 500_000
+    piece_rows: int = 100_000
 
     name = "spark"
     dialect: Dialect = "spark"

@@ -96,6 +96,8 @@ def _bring(frame: DataFrame, target: Path, piece_rows: int) -> int:
 def _session(master: str) -> Iterator[SparkSession]:
     from pyspark.sql import SparkSession
 
+    # Of 1 GB, which is Spark's own, too little is left for results where this process computes too; spark-defaults.conf may say more.
+    os.environ.setdefault("SPARK_DRIVER_MEMORY", "3g")
     builder = SparkSession.builder.master(master).appName("flywheel")
     for name, value in _CONFIGURATION.items():
         builder = builder.config(name, value)

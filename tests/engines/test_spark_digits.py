@@ -28,6 +28,9 @@ from flywheel_pipeline.engines.errors import EngineError
 from flywheel_pipeline.engines.rebuild import rebuild
 from flywheel_pipeline.engines.spark import SparkEngine
 from flywheel_pipeline.engines.work import Computation
+from flywheel_pipeline.simulation.fleet import lab
+from flywheel_pipeline.simulation.fleet.scenario import load_scenario, scenario_names
+from flywheel_pipeline.simulation.fleet.stream import FleetStream
 from flywheel_pipeline.sql_models.loader import load_models
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
@@ -48,6 +51,12 @@ def two_workers(tmp_path: Path) -> Iterator[Cluster]:
 
 def test_the_golden_day_is_equal_to_the_last_digit(engine: sa.Engine) -> None:
     play_the_golden_day(engine)
+    assert differences(engine, SparkEngine("local[2]")) == {}
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_every_trap_is_equal(engine: sa.Engine, name: str) -> None:
+    lab.run_scenario(engine, FleetStream(load_scenario(name), 7))
     assert differences(engine, SparkEngine("local[2]")) == {}
 
 
