@@ -13,6 +13,8 @@ import contextlib
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,8 +138,21 @@ def _columns(job: dict[str, Any]) -> list[str]:
     return [part.strip() for part in job["select"].split(", ")]
 
 
+def end_with_parent() -> None:
+    """End this process, and with it its JVM, when the one that started it is gone: nobody would take the result."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # without a word: whoever would hear it is gone
+
+    threading.Thread(target=watch, name="flywheel-spark-parent", daemon=True).start()
+
+
 def main() -> int:
     """Run the job of the folder given; say why in `failure.json` where it fails."""
+    end_with_parent()
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from digits import NOON, contents, differences, empty, row, write
@@ -200,3 +201,14 @@ def test_an_engine_of_no_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen is not None
     assert chosen.engine.name == "duckdb"
     assert chosen_computation("postgres") is None
+
+
+def test_a_driver_ends_with_the_process_that_started_it() -> None:
+    driver = "import os, time; from flywheel_pipeline.engines.spark_job import end_with_parent; "
+    driver += "end_with_parent(); print(os.getpid(), flush=True); time.sleep(120)"
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {driver!r}])"
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        child.wait(timeout=30)
