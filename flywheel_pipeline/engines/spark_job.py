@@ -58,9 +58,7 @@ def run(scratch: Path, say: Any = print) -> None:
             session.createDataFrame(pq.read_table(scratch / f"table_{name}.parquet")).createOrReplaceTempView(name)
         _telemetry(session, job).createOrReplaceTempView("execution_telemetry")
         for step in job["steps"]:
-            frame = session.sql(step["sql"])
-            if step["lands"] or step["name"] in job["read"]:
-                frame = frame.persist()
+            frame = session.sql(step["sql"]).persist()
             frame.createOrReplaceTempView(step["name"])
             if step["lands"]:
                 rows = _bring(frame, scratch / f"{step['name']}.parquet", job["piece_rows"])
