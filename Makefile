@@ -86,9 +86,9 @@ LOCK := --universal --python-version 3.11 \
 	--generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate --quiet
 COMPILE := $(BIN)/uv pip compile pyproject.toml $(LOCK)
 lock: install
-	$(COMPILE) $(UPGRADE) --extra dev --extra duckdb -o requirements.lock
+	$(COMPILE) $(UPGRADE) --extra dev --extra duckdb --extra s3 -o requirements.lock
 	$(COMPILE) $(UPGRADE) --all-extras --constraint requirements.lock -o requirements-scale.lock
-	$(COMPILE) $(UPGRADE) --extra duckdb --extra celery --extra k8s --constraint requirements-scale.lock -o deploy/requirements.lock
+	$(COMPILE) $(UPGRADE) --extra duckdb --extra s3 --extra celery --extra k8s --constraint requirements-scale.lock -o deploy/requirements.lock
 	grep -m 1 '^hatchling==' requirements.lock | cut -d ' ' -f 1 \
 		| $(BIN)/uv pip compile - $(LOCK) --constraint requirements.lock -o deploy/build.lock
 

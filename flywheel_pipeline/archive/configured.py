@@ -17,21 +17,20 @@ def configured_archive(settings: Settings | None = None) -> Archive | None:
         ArchiveUrlRefused: the URL names no file system that can be used here.
     """
     settings = settings or get_settings()
-    if settings.archive_url is None:
-        return None
-    return Archive.open(settings.archive_url.get_secret_value(), create=True)
+    return None if settings.archive_url is None else require_archive(settings)
 
 
-def require_archive(settings: Settings | None = None) -> Archive:
-    """Return the archive of FLYWHEEL_ARCHIVE_URL.
+def require_archive(settings: Settings | None = None, *, create: bool = True) -> Archive:
+    """Return the archive of FLYWHEEL_ARCHIVE_URL; `create` allows for one that is yet empty.
 
     Raises:
         UsageError: none is set.
         ArchiveUrlRefused: the URL names no file system that can be used here.
+        ArchiveNotFound, ArchiveUnreachable: as `Archive.open`.
     """
-    archive = configured_archive(settings)
-    if archive is None:
+    settings = settings or get_settings()
+    if settings.archive_url is None:
         raise UsageError(
             "No archive is set.", hint="Set FLYWHEEL_ARCHIVE_URL to a folder, or to a URL such as s3://bucket/flywheel."
         )
-    return archive
+    return Archive.open(settings.archive_url.get_secret_value(), create=create)

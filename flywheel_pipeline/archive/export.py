@@ -23,7 +23,7 @@ import sqlalchemy as sa
 
 from flywheel_pipeline import __version__
 from flywheel_pipeline.archive import columns, days
-from flywheel_pipeline.archive.errors import ArchiveUnreachable, NothingToArchive, NotRepresentable
+from flywheel_pipeline.archive.errors import NothingToArchive, NotRepresentable
 from flywheel_pipeline.archive.layout import SCHEMA_VERSION, TABLES, Archive, DayManifest, Table
 from flywheel_pipeline.archive.parquet import ParquetFiles, write_batches
 from flywheel_pipeline.archive.stream import day_batches, snapshot_reader
@@ -121,28 +121,23 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
         snapshot = connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one()
         generation = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         files = []
-        try:
+        with archive.reaching():
             replaced = archive.fs.exists(archive.full_path(archive.manifest_path(day)))
-            with snapshot_reader(engine.url, snapshot) as reader:
-                for table in TABLES:
-                    batches = _agreeing(day_batches(reader, table, day, control[table]), table, day, control[table])
-                    made = ParquetFiles(
-                        archive,
-                        archive.day_folder(table, day),
-                        table,
-                        generation,
-                        columns.schema(table),
-                        {"schema_version": str(SCHEMA_VERSION), "day": day.isoformat(), "generation": generation},
-                    )
-                    write_batches(
-                        made, batches, _counting(progress if table == "executions" else None, day, control[table])
-                    )
-                    files += made.files
-        except OSError as error:
-            raise ArchiveUnreachable(
-                f"The archive {archive.shown} refused a file of {day}: {error}.",
-                hint="The archive still holds what it held before; correct that and export again.",
-            ) from error
+        with snapshot_reader(engine.url, snapshot) as reader:
+            for table in TABLES:
+                batches = _agreeing(day_batches(reader, table, day, control[table]), table, day, control[table])
+                made = ParquetFiles(
+                    archive,
+                    archive.day_folder(table, day),
+                    table,
+                    generation,
+                    columns.schema(table),
+                    {"schema_version": str(SCHEMA_VERSION), "day": day.isoformat(), "generation": generation},
+                )
+                write_batches(
+                    made, batches, _counting(progress if table == "executions" else None, day, control[table])
+                )
+                files += made.files
         manifest = DayManifest(
             schema_version=SCHEMA_VERSION,
             day=day,

@@ -16,13 +16,14 @@ execution that they corrected.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, get_args
@@ -42,6 +43,7 @@ from flywheel_pipeline.archive.errors import (
     ManifestFromTheFuture,
     ManifestRefused,
 )
+from flywheel_pipeline.errors import ArchiveError
 
 #: Of the manifests and of the columns of the files; a change of either is another version.
 SCHEMA_VERSION: Final = 1
@@ -53,6 +55,7 @@ _EXPORT_AGAIN = (
     "Run `flywheel archive export` for this day while its telemetry is in the database; else restore the file."
 )
 _EXAMPLES = "Set FLYWHEEL_ARCHIVE_URL to a folder, or to a URL such as s3://bucket/flywheel."
+_BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "az", "oss", "oci"})
 _HASHED_BYTES = 1 << 20
 
 
@@ -183,7 +186,7 @@ class Archive:
                 f"The scheme {scheme!r} needs a package that is not installed: {_first_line(error)}.",
                 hint="Install it beside Flywheel, or use a folder.",
             ) from error
-        except (ValueError, OSError, TypeError) as error:
+        except Exception as error:  # of any kind: a client may look for its credentials at once
             raise ArchiveUrlRefused(
                 f"The archive URL {shown} cannot be used: {_first_line(error)}.", hint=_EXAMPLES
             ) from error
@@ -205,6 +208,12 @@ class Archive:
     def is_local(self) -> bool:
         """Whether its files are files of this machine."""
         return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether it is a bucket, which has no folders: asked to make one, its client would make a bucket of a misspelt name."""
+        kinds = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        return not _BUCKETS.isdisjoint(kinds)
 
     def days(self) -> list[dt.date]:
         """Return the archived days, in order."""
@@ -243,22 +252,23 @@ class Archive:
 
     def read_manifest(self, day: dt.date) -> DayManifest:
         """Return the manifest of a day without a look at its files. Raises as `manifest` does."""
-        try:
-            text = self.fs.cat_file(self.full_path(self.manifest_path(day)))
-        except FileNotFoundError:
-            remains = [name for table in TABLES for name in self._names(self.day_folder(table, day))]
-            if remains:
-                raise DayHalfExported(
-                    f"The export of {day} did not finish: {len(remains)} files and no manifest.",
-                    hint=f"Run `flywheel archive export --from {day} --to {day}`; `flywheel archive sweep` removes the remains.",
-                ) from None
-            raise DayNotArchived(
-                f"{day} is not in the archive {self.shown}.",
-                hint=f"Run `flywheel archive export --from {day} --to {day}`.",
-            ) from None
-        except OSError as error:
-            raise self._unreachable(error) from error
-        return self._parse(day, text)
+        with self.reaching():
+            try:
+                text = self.fs.cat_file(self.full_path(self.manifest_path(day)))
+            except FileNotFoundError:
+                text = None
+        if text is not None:
+            return self._parse(day, text)
+        remains = [name for table in TABLES for name in self._names(self.day_folder(table, day))]
+        if remains:
+            raise DayHalfExported(
+                f"The export of {day} did not finish: {len(remains)} files and no manifest.",
+                hint=f"Run `flywheel archive export --from {day} --to {day}`; `flywheel archive sweep` removes the remains.",
+            )
+        raise DayNotArchived(
+            f"{day} is not in the archive {self.shown}.",
+            hint=f"Run `flywheel archive export --from {day} --to {day}`.",
+        )
 
     def verify(self, day: dt.date) -> DayManifest:
         """Read every byte of a day's files and compare it with the manifest's hashes; return the manifest.
@@ -268,16 +278,15 @@ class Archive:
         manifest = self.manifest(day)
         for file in manifest.files_:
             digest = hashlib.sha256()
-            try:
-                with self.fs.open(self.full_path(file.path), "rb") as stream:
-                    while block := stream.read(_HASHED_BYTES):
-                        digest.update(block)
-            except FileNotFoundError:
-                raise ArchivedFileLost(
-                    f"The archive's manifest of {day} names {file.path}, which is not there.", hint=_EXPORT_AGAIN
-                ) from None
-            except OSError as error:
-                raise self._unreachable(error) from error
+            with self.reaching():
+                try:
+                    with self.fs.open(self.full_path(file.path), "rb") as stream:
+                        while block := stream.read(_HASHED_BYTES):
+                            digest.update(block)
+                except FileNotFoundError:
+                    raise ArchivedFileLost(
+                        f"The archive's manifest of {day} names {file.path}, which is not there.", hint=_EXPORT_AGAIN
+                    ) from None
             if digest.hexdigest() != file.sha256:
                 raise ArchivedFileChanged(
                     f"{file.path} is not the file that was written: its SHA-256 differs from the manifest of {day}.",
@@ -287,13 +296,15 @@ class Archive:
 
     def walk(self, folder: str) -> list[tuple[str, int]]:
         """Return every file below a folder of the archive: relative path and size, in order."""
-        found = self.fs.find(self.full_path(folder), detail=True)
+        with self.reaching():
+            found = self.fs.find(self.full_path(folder), detail=True)
         start = len(self.full_path(""))
         return sorted((str(entry["name"])[start:], int(entry["size"])) for entry in found.values())
 
     def modified(self, path: str) -> dt.datetime:
         """Return when a file was last written, in UTC."""
-        return cast("dt.datetime", self.fs.modified(self.full_path(path))).astimezone(dt.UTC)
+        with self.reaching():
+            return cast("dt.datetime", self.fs.modified(self.full_path(path))).astimezone(dt.UTC)
 
     # -- paths -----------------------------------------------------------------------------------------------------------
 
@@ -315,6 +326,25 @@ class Archive:
         """Return the absolute URL, with the protocol."""
         return str(self.fs.unstrip_protocol(self.full_path(relative)))
 
+    # -- the file system's failures --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reaching(self, trouble: str = "cannot be used") -> Iterator[None]:
+        """Around nothing but calls of the file system: whatever its client raises becomes ArchiveUnreachable.
+
+        Clients of object stores raise errors of their own, each another kind, beside OSError; the one raised stays the cause.
+        """
+        try:
+            yield
+        except ArchiveError:
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise ArchiveUnreachable(
+                f"The archive {self.shown} {trouble}: {kind}{_first_line(error)}.",
+                hint="The archive still holds what it held before; correct that and try again.",
+            ) from error
+
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     def publish(self, manifest: DayManifest) -> None:
@@ -327,7 +357,7 @@ class Archive:
         """
         path = self.full_path(self.manifest_path(manifest.day))
         text = manifest.to_json()
-        try:
+        with self.reaching():
             if not self.is_local:
                 self.fs.pipe_file(path, text)  # one PUT
                 return
@@ -347,8 +377,6 @@ class Archive:
                 written.unlink(missing_ok=True)
             _sync_folder(target.parent)
             _sync_folder(Path(self.root))
-        except OSError as error:
-            raise self._unreachable(error) from error
 
     # -- inside ----------------------------------------------------------------------------------------------------------
 
@@ -379,12 +407,11 @@ class Archive:
         return manifest.model_copy(update={"files_": placed})
 
     def _entries(self, folder: str) -> list[dict[str, Any]]:
-        try:
-            return cast("list[dict[str, Any]]", self.fs.ls(self.full_path(folder), detail=True))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise self._unreachable(error) from error
+        with self.reaching():
+            try:
+                return cast("list[dict[str, Any]]", self.fs.ls(self.full_path(folder), detail=True))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
 
     def _names(self, folder: str) -> list[str]:
         return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in self._entries(folder)]
@@ -395,12 +422,6 @@ class Archive:
             for entry in self._entries(folder)
             if entry["type"] == "file"
         }
-
-    def _unreachable(self, error: OSError) -> ArchiveUnreachable:
-        return ArchiveUnreachable(
-            f"The archive {self.shown} cannot be used: {_first_line(error)}.",
-            hint="Nothing was changed; correct that and try again.",
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -30,10 +30,15 @@ FILE_BYTES: Final = 256 << 20
 
 
 class _HashingSink(io.RawIOBase):
-    """Passes bytes on to a stream, and keeps their hash and number."""
+    """Passes bytes on to a new file of an archive, and keeps their hash and number."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, archive: Archive, path: str) -> None:
+        self._archive, self._refused = archive, f"refused the file {path}"
+        full = archive.full_path(path)
+        with archive.reaching(self._refused):
+            if not archive.is_bucket:
+                archive.fs.makedirs(str(PurePosixPath(full).parent), exist_ok=True)
+            self.stream: Any = archive.fs.open(full, "wb")
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -44,8 +49,17 @@ class _HashingSink(io.RawIOBase):
         block = memoryview(data)
         self.digest.update(block)
         self.size += block.nbytes
-        self.stream.write(block)
+        with self._archive.reaching(self._refused):
+            self.stream.write(block)
         return block.nbytes
+
+    def put_down(self) -> None:
+        """Close the file: on a folder it is on the disk then, in an object store it is there as a whole or not at all."""
+        with self._archive.reaching(self._refused):
+            if self._archive.is_local:
+                self.stream.flush()
+                os.fsync(self.stream.fileno())
+            self.stream.close()
 
 
 @dataclass
@@ -88,10 +102,7 @@ class ParquetFiles:
         file, self._at_work = self._at_work, None
         file.writer.close()
         sink = file.sink
-        if self._archive.is_local:
-            sink.stream.flush()
-            os.fsync(sink.stream.fileno())
-        sink.stream.close()
+        sink.put_down()
         self.files.append(
             ArchiveFile(
                 table=self._table, path=file.path, rows=file.rows, bytes=sink.size, sha256=sink.digest.hexdigest()
@@ -105,13 +116,11 @@ class ParquetFiles:
             try:
                 file.writer.close()
             finally:
-                file.sink.stream.close()
+                file.sink.put_down()
 
     def _open(self) -> _File:
         path = f"{self._folder}/{self._generation}-{len(self.files)}.parquet"
-        full = self._archive.full_path(path)
-        self._archive.fs.makedirs(str(PurePosixPath(full).parent), exist_ok=True)
-        sink = _HashingSink(self._archive.fs.open(full, "wb"))
+        sink = _HashingSink(self._archive, path)
         writer = pq.ParquetWriter(
             sink,
             self._schema,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from flywheel_pipeline.archive.days import exclude_others
-from flywheel_pipeline.archive.errors import ArchiveUnreachable
 from flywheel_pipeline.archive.layout import MANIFESTS, TABLES, Archive
 
 GRACE_HOURS = 24.0
@@ -45,13 +44,11 @@ def sweep(
     with engine.begin() as connection:
         exclude_others(connection)
         before = dt.datetime.now(dt.UTC) - dt.timedelta(hours=grace_hours)
-        try:
-            found = _unnamed(archive, before)
-            if not dry_run:
+        found = _unnamed(archive, before)
+        if not dry_run:
+            with archive.reaching("cannot be swept"):
                 for remains in found:
                     archive.fs.rm_file(archive.full_path(remains.path))
-        except OSError as error:
-            raise ArchiveUnreachable(f"The archive {archive.shown} cannot be swept: {error}.") from error
     return found
 
 

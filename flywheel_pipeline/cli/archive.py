@@ -90,11 +90,14 @@ def list_days(json: bool = typer.Option(False, "--json", help="Print one JSON do
         "archived_bytes": "bytes",
         "reason": "why",
     }
-    rows = [{**asdict(state), "reason": "" if state.state is State.ARCHIVED else state.reason} for state in states]
+    plain = (State.ARCHIVED, State.DUE)  # the state says it all
+    rows = [{**asdict(state), "reason": "" if state.state in plain else state.reason} for state in states]
     print_table(f"The archive {archive.shown}", rows, columns)
+    waiting = sum(state.waits for state in states)
     out.print(
-        f"{sum(state.archived_rows is not None for state in states)} days archived, "
-        f"{sum(state.waits for state in states)} wait for an export."
+        f"{sum(state.archived_rows is not None for state in states)} days archived, {waiting} wait for an export"
+        + (": `flywheel archive export`." if waiting else "."),
+        markup=False,
     )
 
 
@@ -107,7 +110,7 @@ def verify(
     """Read every byte of the archive and hold it against the manifests; needs no database. Exit 9 if a day is not whole."""
     from flywheel_pipeline.archive.configured import require_archive
 
-    archive = require_archive()
+    archive = require_archive(create=False)
     problems: list[dict[str, str]] = []
     days = rows = size = 0
     with progress("verifying") as bar:

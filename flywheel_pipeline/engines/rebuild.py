@@ -90,7 +90,7 @@ def touch_days(
         assert archive is not None  # noqa: S101
         sites: set[str] = set()
         for file in archive.manifest(day).files("executions"):
-            with archive.fs.open(archive.full_path(file.path), "rb") as stream:
+            with archive.reaching(), archive.fs.open(archive.full_path(file.path), "rb") as stream:
                 sites.update(pc.unique(pq.read_table(stream, columns=["site_id"]).column(0)).to_pylist())
         touched += connection.execute(sa.text(_TOUCH), {"day": day, "sites": sorted(sites), "site": site}).rowcount
     return touched

@@ -49,7 +49,7 @@ def run(scratch: Path, say: Any = print) -> None:
         say: called with a line for each step.
     """
     job = json.loads((scratch / JOB_FILE).read_text(encoding="utf-8"))
-    with _session(job["master"]) as session:
+    with _session(job["master"], scratch) as session:
         _spread(session, job)
         for statement in job["preamble"]:
             session.sql(statement)
@@ -93,12 +93,14 @@ def _bring(frame: DataFrame, target: Path, piece_rows: int) -> int:
 
 
 @contextlib.contextmanager
-def _session(master: str) -> Iterator[SparkSession]:
+def _session(master: str, scratch: Path) -> Iterator[SparkSession]:
     from pyspark.sql import SparkSession
 
     # Of 1 GB, which is Spark's own, too little is left for results where this process computes too; spark-defaults.conf may say more.
     os.environ.setdefault("SPARK_DRIVER_MEMORY", "3g")
     builder = SparkSession.builder.master(master).appName("flywheel")
+    # Unless told, Spark makes a folder for tables, of which there are none, wherever its driver was started.
+    builder = builder.config("spark.sql.warehouse.dir", (scratch / "warehouse").resolve().as_uri())
     for name, value in _CONFIGURATION.items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()

@@ -243,7 +243,7 @@ def test_a_file_system_that_refuses_leaves_the_old_day(engine: sa.Engine, folder
     before = folder.verify(DAY)
     Path(folder.root, "executions", f"day={DAY}").rename(Path(folder.root, "aside"))
     Path(folder.root, "executions", f"day={DAY}").write_text("a file where a folder should be")
-    with pytest.raises(ArchiveUnreachable, match="refused a file of 2026-02-02"):
+    with pytest.raises(ArchiveUnreachable, match="refused the file executions/day=2026-02-02/"):
         export_day(engine, folder, DAY)
     Path(folder.root, "executions", f"day={DAY}").unlink()
     Path(folder.root, "aside").rename(Path(folder.root, "executions", f"day={DAY}"))

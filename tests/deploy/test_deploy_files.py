@@ -231,8 +231,8 @@ def test_the_lock_of_the_image_is_a_part_of_the_lock_of_everything() -> None:
         assert {(pin.name, pin.version) for pin in pins} <= locked
     image, _ = read_lock(TEXTS["requirements.lock"])
     names = {pin.name for pin in image}
-    assert {"dagster", "dagster-celery", "dagster-k8s", "dagster-webserver", "duckdb", "psycopg"} <= names
-    assert not names & {"pytest", "ruff", "mypy", "selenium", "pyspark", "uv"}
+    assert {"dagster", "dagster-celery", "dagster-k8s", "dagster-webserver", "duckdb", "psycopg", "s3fs"} <= names
+    assert not names & {"pytest", "ruff", "mypy", "selenium", "pyspark", "moto", "uv"}
 
 
 # -- all of it -----------------------------------------------------------------------------------------------------

@@ -49,9 +49,13 @@ def two_workers(tmp_path: Path) -> Iterator[Cluster]:
         yield running
 
 
-def test_the_golden_day_is_equal_to_the_last_digit(engine: sa.Engine) -> None:
+def test_the_golden_day_is_equal_to_the_last_digit(
+    engine: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play_the_golden_day(engine)
+    monkeypatch.chdir(tmp_path)
     assert differences(engine, SparkEngine("local[2]")) == {}
+    assert list(tmp_path.iterdir()) == []  # Spark leaves nothing where it was started
 
 
 @pytest.mark.parametrize("name", scenario_names())
