@@ -58,6 +58,8 @@ from flywheel_pipeline.simulation.fleet.stream import FleetStream
 
 DAYS = 24
 RECALL_BAR = 0.95
+#: Kinds that may reach the fleet; of all others none may.
+FIT = ("good", "fair")
 #: Runbooks of no high-risk class: those need a named approver besides, by design.
 TYPES = (
     ("service_spooler", "RB-WIN-SVC-003"),
@@ -305,7 +307,7 @@ def report(lived: list[Lived]) -> bool:
     days = sorted(p.fleet_day for p in good if p.fleet_day is not None)
     false = [p for p in patterns if "fleet" in p.false_at]
     earlier = Counter(stage for p in patterns for stage in p.false_at if stage != "fleet")
-    unfit = sum(not p.good for p in patterns)
+    unfit = sum(p.kind not in FIT for p in patterns)
     wrong = Counter(name for one in lived for name in one.wrong)
     late = (
         f"median {statistics.median(days):.0f} days, 95 % by day {days[int(len(days) * 0.95)]:.0f}" if days else "never"

@@ -76,6 +76,8 @@ def test_the_command_exports_lists_verifies_sweeps_and_says_what_is_wrong(
     assert (answer.code, "unknown scheme 'nowhere'" in answer.err) == (9, True)
     assert "hunter2" not in answer.err
     monkeypatch.setenv("FLYWHEEL_ARCHIVE_URL", str(at_home))
+    answer = run_command("archive", "verify")
+    assert (answer.code, "There is no archive at" in answer.err) == (9, True)
 
     refused = run_command("db", "purge", "2026-02-10", "--actor", "dana", "--yes")
     assert refused.code == 9
