@@ -56,7 +56,6 @@ _EXPORT_AGAIN = (
 )
 _EXAMPLES = "Set FLYWHEEL_ARCHIVE_URL to a folder, or to a URL such as s3://bucket/flywheel."
 _BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "az", "oss", "oci"})
-_HASHED_BYTES = 1 << 20
 
 
 class ArchiveFile(BaseModel):
@@ -240,9 +239,7 @@ class Archive:
             sizes |= self._sizes(self.day_folder(table, day))
         for file in manifest.files_:
             if file.path not in sizes:
-                raise ArchivedFileLost(
-                    f"The archive's manifest of {day} names {file.path}, which is not there.", hint=_EXPORT_AGAIN
-                )
+                raise _lost(day, file)
             if sizes[file.path] != file.bytes:
                 raise ArchivedFileChanged(
                     f"{file.path} has {sizes[file.path]:,} bytes, and the manifest of {day} says {file.bytes:,}.",
@@ -277,17 +274,13 @@ class Archive:
         """
         manifest = self.manifest(day)
         for file in manifest.files_:
-            digest = hashlib.sha256()
             with self.reaching():
                 try:
                     with self.fs.open(self.full_path(file.path), "rb") as stream:
-                        while block := stream.read(_HASHED_BYTES):
-                            digest.update(block)
+                        digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 except FileNotFoundError:
-                    raise ArchivedFileLost(
-                        f"The archive's manifest of {day} names {file.path}, which is not there.", hint=_EXPORT_AGAIN
-                    ) from None
-            if digest.hexdigest() != file.sha256:
+                    raise _lost(day, file) from None
+            if digest != file.sha256:
                 raise ArchivedFileChanged(
                     f"{file.path} is not the file that was written: its SHA-256 differs from the manifest of {day}.",
                     hint=_EXPORT_AGAIN,
@@ -422,6 +415,12 @@ class Archive:
             for entry in self._entries(folder)
             if entry["type"] == "file"
         }
+
+
+def _lost(day: dt.date, file: ArchiveFile) -> ArchivedFileLost:
+    return ArchivedFileLost(
+        f"The archive's manifest of {day} names {file.path}, which is not there.", hint=_EXPORT_AGAIN
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import datetime as dt
 import re
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -26,21 +27,22 @@ from flywheel_pipeline.engines.work import Computation
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    """The URL of a server of its own process that speaks S3; it chose its port."""
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of its own process that speaks S3; it chose its port, and says so in its log."""
+    log = tmp_path_factory.mktemp("store") / "server.log"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"Running on (http://\S+)", line):
-                break
-        else:
-            pytest.fail("The server did not start: " + "".join(said))
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 90
+        while (found := re.search(r"Running on (http://\S+)", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
         yield found[1]
-        process.terminate()
-        process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
