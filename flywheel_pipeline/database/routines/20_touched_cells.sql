@@ -141,6 +141,12 @@ BEGIN
   ON CONFLICT (day) DO UPDATE SET version = excluded.version, noted_at = excluded.noted_at;
   RETURN NULL;
 END $$;
+
+-- A writer takes telemetry and then the outbox, a refresh goes the other way: without a refresh at work, and with telemetry
+-- first, an upgrade keeps nobody waiting for whom it waits itself.
+SELECT flywheel_lock_refresh();
+LOCK TABLE execution_telemetry IN ACCESS EXCLUSIVE MODE;
+
 DROP TRIGGER IF EXISTS flywheel_note_days ON touched_cells;
 CREATE TRIGGER flywheel_note_days AFTER DELETE ON touched_cells
   REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION flywheel_note_days();
