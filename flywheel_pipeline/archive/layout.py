@@ -183,7 +183,7 @@ class Archive:
         except ImportError as error:
             raise ArchiveUrlRefused(
                 f"The scheme {scheme!r} needs a package that is not installed: {_first_line(error)}.",
-                hint="Install it beside Flywheel, or use a folder.",
+                hint="Install it beside Flywheel (for S3 and what speaks it: the extra `s3`), or use a folder.",
             ) from error
         except Exception as error:  # of any kind: a client may look for its credentials at once
             raise ArchiveUrlRefused(
