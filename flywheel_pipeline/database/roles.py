@@ -10,7 +10,7 @@ commands included, updates or deletes the ledger: a trigger refuses that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +35,7 @@ MEANING: Final[Mapping[str, str]] = {
 }
 
 _R, _I, _U, _D = "SELECT", "INSERT", "UPDATE", "DELETE"
+_CALL: Final = "EXECUTE"
 _WRITE: Final = (_R, _I, _U, _D)
 _APPEND: Final = (_R, _I)
 #: A column in parentheses limits a privilege to it.
@@ -59,6 +60,7 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
     },
     AGENT_API: {
         "execution_telemetry": (_R, _I, _U),
+        "schema_objects": (_R,),
         "telemetry_rejects": (
             _R,
             _I,
@@ -117,6 +119,8 @@ GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
         "notifications": (_R, _I, _U),
     },
 }
+#: Functions that run as the owner, and who may call them; nobody else may.
+FUNCTIONS: Final[Mapping[str, Sequence[str]]] = {AGENT_API: ("flywheel_token_holder", "flywheel_api_gauges")}
 #: Tables that hold a secret, if only its hash: no reader sees them.
 SECRET_TABLES: Final = frozenset({"appliance_tokens"})
 
@@ -221,13 +225,14 @@ def states(connection: sa.Connection) -> list[RoleState]:
 
 
 def expected(connection: sa.Connection) -> dict[str, set[tuple[str, str]]]:
-    """Return the declared privileges: {role: {(relation, privilege)}}, of relations that exist here."""
+    """Return the declared privileges: {role: {(relation or function, privilege)}}, of those that exist here."""
     from flywheel_pipeline.sql_models.loader import load_models
 
     present = set(
         connection.execute(
             sa.text(
-                "SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace(:s) AND relkind IN ('r', 'p', 'v', 'm')"
+                "SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace(:s) AND relkind IN ('r', 'p', 'v', 'm') "
+                "UNION ALL SELECT proname::text FROM pg_proc WHERE pronamespace = to_regnamespace(:s)"
             ),
             {"s": SCHEMA},
         ).scalars()
@@ -240,6 +245,8 @@ def expected(connection: sa.Connection) -> dict[str, set[tuple[str, str]]]:
     for role in (PIPELINE, READER):
         wanted[role] |= {(relation, _R) for relation in readable}
     wanted[PIPELINE] |= {(name, p) for name, kind in models.items() if kind != "view" for p in _WRITE}
+    for role, functions in FUNCTIONS.items():
+        wanted[role] |= {(function, _CALL) for function in functions}
     wanted[INTAKE].add((VERSION_TABLE, _R))
     wanted[AGENT_API].add((VERSION_TABLE, _R))
     return {role: {pair for pair in pairs if pair[0] in present} for role, pairs in wanted.items()}
@@ -260,6 +267,10 @@ def differences(connection: sa.Connection) -> dict[str, tuple[set[tuple[str, str
             FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND NOT a.attisdropped
             CROSS JOIN LATERAL aclexplode(a.attacl) AS p JOIN pg_roles AS g ON g.oid = p.grantee
             WHERE c.relnamespace = to_regnamespace(:schema) AND c.relkind IN ('r', 'p', 'v', 'm') AND g.rolname = ANY(:roles)
+            UNION ALL
+            SELECT g.rolname::text, f.proname::text, p.privilege_type::text, NULL
+            FROM pg_proc AS f CROSS JOIN LATERAL aclexplode(f.proacl) AS p JOIN pg_roles AS g ON g.oid = p.grantee
+            WHERE f.pronamespace = to_regnamespace(:schema) AND g.rolname = ANY(:roles)
             """
         ),
         {"schema": SCHEMA, "roles": list(MEANING)},
@@ -295,5 +306,6 @@ def _say(connection: sa.Connection, statement: str, *names: str) -> None:
 def _grant(connection: sa.Connection, verb: str, preposition: str, role: str, relation: str, privilege: str) -> None:
     word, _, column = privilege.partition(" (")
     what = f"{word} ({{}})" if column else word
+    kind = "FUNCTION" if word == _CALL else "TABLE"
     names = [column.removesuffix(")")] if column else []
-    _say(connection, f"{verb} {what} ON {{}}.{{}} {preposition} {{}}", *names, SCHEMA, relation, role)
+    _say(connection, f"{verb} {what} ON {kind} {{}}.{{}} {preposition} {{}}", *names, SCHEMA, relation, role)

@@ -203,15 +203,10 @@ def list_tokens(connection: sa.Connection, appliance_id: str | None = None, *, e
     return [TokenRow(**row) for row in rows.mappings()]
 
 
-# The function of names costs more than all the rest, and most sites have but one.
+# The login of the agent API may call this and not read the tokens.
 _LOOK_UP: Final = """
-SELECT t.token_id, t.appliance_id, t.token_hash, t.revoked_at IS NOT NULL AS revoked,
-  coalesce(t.expires_at <= clock_timestamp(), false) AS expired, a.status, a.site_id, s.healing_tier,
-  CASE WHEN EXISTS (SELECT FROM site_aliases n WHERE n.alias = t.site_id OR n.site_id = t.site_id)
-       THEN flywheel_site_names(t.site_id) ELSE ARRAY[t.site_id::text] END AS sites,
-  coalesce(a.last_checkin < clock_timestamp() - interval '1 minute', true) AS checkin_due
-FROM appliance_tokens t LEFT JOIN appliances a USING (appliance_id) LEFT JOIN sites s ON s.site_id = a.site_id
-WHERE t.token_hash = %s
+SELECT token_id, appliance_id, token_hash, revoked, expired, status, site_id, healing_tier, sites, checkin_due
+FROM flywheel_token_holder(%s)
 """
 # The same, and where the token holds the transaction speaks for its appliance from then on. What the look-up says is
 # computed before the role is put on.
@@ -286,7 +281,7 @@ def _caller(row: Any, hashed: str) -> Caller:
 
 
 def check_in(connection: psycopg.Connection[Any], appliance_id: str) -> None:
-    """Record a sign of life by our clock; one that was offline is online again."""
+    """Record a sign of life by our clock, in a transaction that speaks for the appliance; one that was offline is online again."""
     connection.execute(
         """
         UPDATE appliances SET last_checkin = greatest(last_checkin, clock_timestamp()),

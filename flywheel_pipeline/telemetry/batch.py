@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import psycopg
 from flywheel_pipeline.telemetry.contract import LINE_LIMIT_BYTES, ParsedRow, Reject, parse_line
 from flywheel_pipeline.telemetry.intake import Outcome, PostResult
 from flywheel_pipeline.telemetry.landing import land
-from flywheel_pipeline.telemetry.rejects import RefusedRow, record
+from flywheel_pipeline.telemetry.rejects import RefusedRow, kept_of, record
 from flywheel_pipeline.telemetry.reporters import Reporter, confine, registered_at
 
 #: What an appliance is told where the full reason would name host, site or start of a row that may be another's.
@@ -25,6 +25,9 @@ _DISCREET: Final = {
     "conflicting_identity": "execution_id is known already with another site, host or start; an id names one execution",
     "undated_correction": "execution_id is known already with other values, and a correction needs a reported_at",
 }
+#: Of how many bytes of one appliance's open rejects all are kept, and how many of each one above that.
+KEPT_BYTES: Final = 64 << 20
+_HEAD_BYTES: Final = 1 << 10
 
 
 @dataclass(slots=True)
@@ -51,7 +54,8 @@ def take_batch(
     """Take in posts of one appliance, inside the caller's open transaction, which commits them all.
 
     `outcomes` are the payloads as `parse_batch` read them. `received_at` (aware) is their arrival. Good rows land, the others go to the rejects under the reporter as source,
-    where the same bytes are one reject however often they are sent. Doing it again changes nothing.
+    where the same bytes are one reject however often they are sent; once KEPT_BYTES of them wait for a decision, a new one
+    keeps its first bytes, its hash and its reason. Doing it again changes nothing.
 
     Raises psycopg.OperationalError when the database goes away; nothing landed then, or all of it did (it went away
     during the commit) and sending it again is recognised.
@@ -97,16 +101,15 @@ def _record(
     """Write rejects, equal bytes once, and return the reject's id for each position."""
     if not refused:
         return {}
+    wholes = {position: RefusedRow.of(None, reject, payloads[position]) for position, reject in refused.items()}
     distinct: dict[str, RefusedRow] = {}
-    hashes: dict[int, str] = {}
-    for position, reject in refused.items():
-        payload = payloads[position]
-        whole = RefusedRow.of(None, reject, payload)
-        hashes[position] = whole.payload_hash
-        distinct.setdefault(
-            whole.payload_hash,
-            RefusedRow(None, reject, payload[:LINE_LIMIT_BYTES], whole.payload_bytes, whole.payload_hash),
-        )
+    for whole in wholes.values():
+        distinct.setdefault(whole.payload_hash, replace(whole, payload=whole.payload[:LINE_LIMIT_BYTES]))
+    waiting, known = kept_of(connection, source, list(distinct))
+    for key, row in distinct.items():
+        if key not in known:
+            distinct[key] = _fitted(row, KEPT_BYTES - waiting)
+            waiting += len(distinct[key].payload)
     record(connection, source, received_at, [distinct[key] for key in sorted(distinct)])
     found = connection.execute(
         "SELECT payload_hash, id FROM telemetry_rejects "
@@ -114,7 +117,17 @@ def _record(
         (source, list(distinct)),
     )
     ids: dict[str, int] = dict(found.fetchall())
-    return {position: ids[key] for position, key in hashes.items()}
+    return {position: ids[whole.payload_hash] for position, whole in wholes.items()}
+
+
+def _fitted(row: RefusedRow, room: int) -> RefusedRow:
+    """The row as it is kept: whole, or its head where there is no room for more."""
+    if len(row.payload) <= max(room, _HEAD_BYTES):
+        return row
+    why = f"only its first {_HEAD_BYTES:,} bytes are kept, {KEPT_BYTES >> 20} MiB of this source wait for a decision already"
+    return replace(
+        row, payload=row.payload[:_HEAD_BYTES], reject=replace(row.reject, reason=f"{row.reject.reason}; {why}")
+    )
 
 
 def record_unreadable(

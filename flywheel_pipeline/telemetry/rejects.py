@@ -85,7 +85,8 @@ def record(
 ) -> list[int]:
     """Write refused rows inside the caller's transaction and return their ids.
 
-    The same bytes on the same line of the same source are one reject; it counts how often it was seen.
+    The same bytes on the same line of the same source are one reject; it counts how often it was seen. Where they were cut,
+    its first reason stays, which says so.
     """
     if not rows:
         return []
@@ -99,7 +100,8 @@ def record(
           AS n (line_number, reason_code, reason, payload, bytes, hash)
         ORDER BY n.line_number, n.hash
         ON CONFLICT (source, line_number, payload_hash) DO UPDATE
-          SET times_seen = r.times_seen + 1, reason_code = excluded.reason_code, reason = excluded.reason
+          SET times_seen = r.times_seen + 1, reason_code = excluded.reason_code,
+              reason = CASE WHEN octet_length(r.payload) < r.payload_bytes THEN r.reason ELSE excluded.reason END
         RETURNING r.id
         """,
         {
@@ -115,6 +117,18 @@ def record(
         binary=True,
     )
     return [id_ for (id_,) in found.fetchall()]
+
+
+def kept_of(connection: psycopg.Connection[Any], source: str, hashes: Sequence[str]) -> tuple[int, set[str]]:
+    """Return the bytes kept of the source's open rejects, and which of these payloads (SHA-256, hex) it has, of no line."""
+    found = connection.execute(
+        "SELECT coalesce(sum(octet_length(payload)) FILTER (WHERE status = 'open'), 0)::bigint, "
+        "array_agg(payload_hash) FILTER (WHERE line_number IS NULL AND payload_hash = ANY (%s)) "
+        "FROM telemetry_rejects WHERE source = %s",
+        (list(hashes), source),
+    ).fetchone()
+    size, known = found or (0, None)
+    return size, set(known or ())
 
 
 def list_rejects(connection: sa.Connection, status: Status | None = "open", limit: int | None = 50) -> list[RejectRow]:
@@ -191,6 +205,10 @@ class _Open:
     payload: bytes
     payload_bytes: int
 
+    @property
+    def is_cut(self) -> bool:
+        return self.payload_bytes > len(self.payload)
+
 
 def _open_rejects(connection: psycopg.Connection[Any], ids: Sequence[int] | None, last: int) -> list[_Open]:
     with connection.cursor(row_factory=class_row(_Open), binary=True) as cursor:
@@ -228,7 +246,7 @@ def _retry_batch(
     refused: list[tuple[_Open, Reject]] = []
     for item in batch:
         parsed: ParsedRow | Reject
-        if item.payload_bytes > len(item.payload):
+        if item.is_cut:
             parsed = Reject(item.reason_code, "")
         else:
             parsed = parse_line(item.payload, item.line_number, received_at=now)
@@ -250,7 +268,7 @@ def _retry_batch(
         """,
         ([item.id for item, _ in good], [row.execution_id for _, row in good]),
     )
-    told = [(item, reject) for item, reject in refused if reject.reason_code not in _UNREADABLE]
+    told = [(item, reject) for item, reject in refused if reject.reason_code not in _UNREADABLE and not item.is_cut]
     connection.execute(
         "UPDATE telemetry_rejects SET retried_at = clock_timestamp() WHERE id = ANY (%s)",
         ([item.id for item, _ in refused],),

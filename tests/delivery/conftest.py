@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +13,12 @@ from agent_http import Api, enrol
 from fleet_database import Fleet
 from starlette.testclient import TestClient
 
+from flywheel_pipeline.database import roles
+from flywheel_pipeline.database.embedded import EmbeddedServer
+from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.delivery.api.app import create_app
 from flywheel_pipeline.delivery.api.limits import Limits
+from flywheel_pipeline.errors import DatabaseUnavailable
 
 
 @pytest.fixture
@@ -37,10 +43,40 @@ def committed(engine: sa.Engine) -> Callable[[Callable[[Fleet], Any]], Any]:
     return run
 
 
+@pytest.fixture(scope="session")
+def agent_login(server: EmbeddedServer, template_database: str) -> str:
+    """A login of the server that was granted the role of the agent API, and nothing else."""
+    name = "the_agent_api"
+    administrator = open_engine(server.url.set(database=template_database))
+    with (server.data / "pg_ident.conf").open("a") as identities:
+        identities.write(f'flywheel "{getpass.getuser()}" {name}\n')
+    with administrator.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE ROLE {name} LOGIN; GRANT {roles.AGENT_API} TO {name}; SELECT pg_reload_conf()"
+        )
+    administrator.dispose()
+    deadline = time.monotonic() + 30
+    while True:  # the server reads its files again a moment later
+        try:
+            open_engine(server.url.set(database=template_database, username=name)).dispose()
+            return name
+        except DatabaseUnavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 @pytest.fixture
-def api(engine: sa.Engine) -> Iterator[Api]:
-    """The agent API in this process, on a database with two sites of one appliance each."""
+def api_login(engine: sa.Engine, agent_login: str) -> Iterator[sa.Engine]:
+    """The database of `engine` as that login."""
+    login = open_engine(engine.url.set(username=agent_login))
+    yield login
+    login.dispose()
+
+
+@pytest.fixture
+def api(engine: sa.Engine, api_login: sa.Engine) -> Iterator[Api]:
+    """The agent API in this process under its own login, on a database with two sites of one appliance each."""
     tokens = [enrol(engine, f"site-{name}-01", f"site-{name}") for name in "ab"]
     limits = Limits(requests_per_second=10_000.0, rows_per_second=1_000_000.0)
-    with TestClient(create_app(engine, limits), raise_server_exceptions=False) as client:
+    with TestClient(create_app(api_login, limits), raise_server_exceptions=False) as client:
         yield Api(client, engine, *tokens)

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from agent_http import NDJSON, Api, bearer, enrol, give_manifest, iso, ndjson, post, rule, scalar
 
+from flywheel_pipeline.database import roles
 from flywheel_pipeline.delivery.tokens import PREFIX, digest, issue, list_tokens, revoke, rotate
 from flywheel_pipeline.errors import UsageError
 
@@ -145,6 +146,42 @@ def test_a_sign_of_life_is_recorded_by_our_clock_and_once_a_minute(api: Api) -> 
     assert scalar(api.engine, "SELECT status FROM appliances WHERE appliance_id = 'site-a-01'") == "online"
     api.sync()
     assert scalar(api.engine, "SELECT last_checkin FROM appliances WHERE appliance_id = 'site-a-01'") == first
+
+
+def test_the_login_of_the_api_sees_nothing_before_it_speaks_for_an_appliance(api: Api, api_login: sa.Engine) -> None:
+    give_manifest(api.engine, "site-a-01", "site-a", [rule(1)])
+    assert api.send([post("x-1"), {"no": "post"}]).status_code == 200
+    with api.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO appliance_commands (appliance_id, command_type) VALUES ('site-a-01', 'sync_promoted_rule'); "
+            "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('old-a', 'site-a', 'Dana', 'renamed')"
+        )
+    held = set(roles.GRANTS[roles.AGENT_API]) - {"sealed_days", "schema_objects"}
+    with api_login.connect() as connection:
+        for table in sorted(held):
+            assert scalar(api.engine, f"SELECT count(*) FROM {table}") > 0, table
+            assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() == 0, table
+        assert connection.exec_driver_sql("UPDATE appliances SET status = 'offline'").rowcount == 0
+    for statement in ("SELECT count(*) FROM appliance_tokens", "SELECT count(*) FROM l1_rules", "DELETE FROM sites"):
+        with (
+            api_login.connect() as connection,
+            pytest.raises(sa.exc.ProgrammingError, match="permission denied"),
+        ):
+            connection.exec_driver_sql(statement)
+
+
+def test_nobody_else_may_ask_whose_a_token_is(api: Api) -> None:
+    for function in roles.FUNCTIONS[roles.AGENT_API]:
+        may = {
+            role: scalar(
+                api.engine,
+                "SELECT has_function_privilege(:role, oid, 'EXECUTE') FROM pg_proc WHERE proname = :name",
+                role=role,
+                name=function,
+            )
+            for role in roles.MEANING
+        }
+        assert may == {role: role == roles.AGENT_API for role in roles.MEANING}, function
 
 
 # -- a hostile appliance -------------------------------------------------------------------------------------------

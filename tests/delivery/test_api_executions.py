@@ -15,8 +15,10 @@ from starlette.testclient import TestClient
 
 from flywheel_pipeline.delivery.api.app import create_app
 from flywheel_pipeline.delivery.api.limits import Buckets, Limits
+from flywheel_pipeline.delivery.tokens import PREFIX
+from flywheel_pipeline.telemetry import batch
 from flywheel_pipeline.telemetry.aliases import add_site_alias
-from flywheel_pipeline.telemetry.rejects import retry
+from flywheel_pipeline.telemetry.rejects import discard, retry
 
 
 def outcomes(answer: Any) -> list[str]:
@@ -351,6 +353,70 @@ def test_too_many_requests_are_sent_away_and_told_when_to_come_back(engine: sa.E
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_rows")
         assert int(refused.headers["Retry-After"]) >= 9
     assert scalar(engine, "SELECT count(*) FROM execution_telemetry") == 20
+
+
+def test_what_an_appliance_has_waiting_among_the_rejects_is_bounded_and_says_so(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "KEPT_BYTES", 1 << 20)
+    lines = [b"%d" % n + b"x" * 400_000 for n in range(4)]
+    answers = [api.send(ndjson(lines[n : n + 2]), Content_Type=NDJSON) for n in (0, 2)]
+    assert [a.status_code for a in answers] == [422, 422]
+    query = "SELECT array_agg(octet_length(payload) ORDER BY id) FROM telemetry_rejects"
+    assert scalar(api.engine, query) == [400_001, 400_001, 1_024, 1_024]
+    assert scalar(api.engine, "SELECT array_agg(payload_bytes ORDER BY id) FROM telemetry_rejects") == [400_001] * 4
+    cut = scalar(api.engine, "SELECT reason FROM telemetry_rejects WHERE octet_length(payload) = 1024 LIMIT 1")
+    assert cut.startswith(answers[1].json()["results"][0]["reason"].partition(";")[0])
+    assert "its first 1,024 bytes are kept, 1 MiB of this source wait for a decision already" in cut
+    # What it sends again changes nothing, and a good row lands beside it; another appliance has room of its own.
+    again = api.send(ndjson([*lines, json.dumps(post("e1")).encode()]), Content_Type=NDJSON)
+    assert (again.status_code, again.json()["inserted"], again.json()["rejected"]) == (200, 1, 4)
+    assert scalar(api.engine, query) == [400_001, 400_001, 1_024, 1_024]
+    assert scalar(api.engine, "SELECT count(*) FROM telemetry_rejects WHERE reason = :cut", cut=cut) == 2
+    api.send(ndjson(lines[:1]), api.b, Content_Type=NDJSON)
+    assert scalar(api.engine, "SELECT octet_length(payload) FROM telemetry_rejects ORDER BY id DESC LIMIT 1") == 400_001
+    # A row that was cut cannot be tried again, and keeps its reason; a decision makes room.
+    ids = scalar(api.engine, "SELECT array_agg(id ORDER BY id) FROM telemetry_rejects")
+    assert retry(api.engine).accepted == 0
+    assert scalar(api.engine, "SELECT count(*) FROM telemetry_rejects WHERE reason = :cut", cut=cut) == 2
+    with api.engine.begin() as connection:
+        discard(connection, ids[:1])
+    api.send(ndjson([b"y" * 400_000]), Content_Type=NDJSON)
+    assert scalar(api.engine, "SELECT octet_length(payload) FROM telemetry_rejects ORDER BY id DESC LIMIT 1") == 400_000
+
+
+def test_bytes_have_a_rate_too_also_those_that_are_no_rows(engine: sa.Engine) -> None:
+    token = enrol(engine, "site-a-01", "site-a")
+    with TestClient(create_app(engine, Limits(bytes_per_second=1_000.0))) as client:
+
+        def send(content: bytes) -> Any:
+            headers = bearer(token, **{"Content-Type": "application/json"})
+            return client.post("/api/agent/executions", content=content, headers=headers)
+
+        assert send(b"[" + b"x" * 20_000).status_code == 422  # the bucket was full: it is taken, and leaves a debt
+        for content in (b"[" + b"y" * 20_000, json.dumps([post("e1")]).encode()):
+            refused = send(content)
+            assert (refused.status_code, refused.json()["code"]) == (429, "too_many_bytes")
+            assert int(refused.headers["Retry-After"]) >= 9
+    assert scalar(engine, "SELECT count(*) FROM telemetry_rejects") == 1
+
+
+def test_refused_requests_count_too(engine: sa.Engine) -> None:
+    token, other = enrol(engine, "site-a-01", "site-a"), enrol(engine, "site-b-01", "site-b")
+    with TestClient(create_app(engine, Limits(requests_per_second=1.0, refusals_per_second=1.0))) as client:
+
+        def ask(by: str, **query: str) -> tuple[int, str]:
+            answer = client.get("/agent/sync", headers=bearer(by), params=query)
+            return answer.status_code, answer.json()["code"]
+
+        foreign = [ask(token, site_id="site-b") for _ in range(6)]
+        assert foreign == [(403, "foreign_site")] * 4 + [(429, "too_many_requests")] * 2
+        assert ask(other) == (503, "manifest_pending")
+        guesses = [ask(f"{PREFIX}{n:043d}") for n in range(12)]
+        assert guesses == [(401, "invalid_token")] * 10 + [(429, "too_many_refusals")] * 2
+        # Its neighbours behind the same address go on; one that was never seen waits for its turn.
+        assert ask(other) == (503, "manifest_pending")
+        assert ask(enrol(engine, "site-b-02", "site-b")) == (429, "too_many_refusals")
 
 
 def test_a_full_worker_sends_requests_away_without_reading_them(engine: sa.Engine) -> None:

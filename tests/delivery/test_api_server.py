@@ -33,11 +33,11 @@ def raw(address: str, head: bytes, *, seconds: float = 20) -> bytes:
         return answer
 
 
-def test_a_server_with_two_workers(engine: sa.Engine, tmp_path: Path) -> None:
+def test_a_server_with_two_workers(engine: sa.Engine, api_login: sa.Engine, tmp_path: Path) -> None:
     """One server for all of it: starting one costs more than the rest together."""
     a, b = enrol(engine, "site-a-01", "site-a"), enrol(engine, "site-b-01", "site-b")
     give_manifest(engine, "site-a-01", "site-a", [rule(1)])
-    with served(engine, tmp_path / "home", workers=2) as (address, process):
+    with served(api_login, tmp_path / "home", workers=2) as (address, process):
         # A worker is not one connection: every worker refuses a revoked token with the next request.
         clients = [httpx.Client(base_url=address, headers=bearer(b)) for _ in range(12)]
         assert {client.get("/agent/sync").status_code for client in clients} == {503}

@@ -1,12 +1,13 @@
 -- Row-level security: what a session that speaks for an appliance may see and write. The agent API sets the role
 -- flywheel_agent_api and these two settings in each of its transactions, also where it connects as the owner, so that no
--- query of it, wrong or hostile, reaches another site. For every other role nothing changes: the first condition of each
--- policy lets it pass. Owners and superusers are never held by policies; the role of the session is what counts.
+-- query of it, wrong or hostile, reaches another site. A login that was granted that role is held whether it has set the
+-- role or not: before it speaks for an appliance it sees nothing. For every other role nothing changes: the first
+-- condition of each policy lets it pass. Owners and superusers are never held by policies.
 
 CREATE OR REPLACE FUNCTION flywheel_speaks_for_an_appliance() RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE AS $$
-  SELECT current_user = 'flywheel_agent_api'
+  SELECT coalesce((SELECT pg_has_role(current_user, oid, 'USAGE') FROM pg_roles WHERE rolname = 'flywheel_agent_api'), false)
 $$;
-COMMENT ON FUNCTION flywheel_speaks_for_an_appliance() IS 'Whether this session has the role of the agent API';
+COMMENT ON FUNCTION flywheel_speaks_for_an_appliance() IS 'Whether this session has the role of the agent API, set or inherited';
 
 -- A site is covered under the names it goes by today, the same that its tokens are held to (45_sites.sql): a renamed site
 -- keeps its appliances, and a name whose alias has ended or not begun opens nothing. Security definer: the role need not

@@ -13,6 +13,7 @@ import psycopg
 from starlette.requests import Request
 
 from flywheel_pipeline.database.roles import AGENT_API
+from flywheel_pipeline.delivery.api.connections import speak_for
 from flywheel_pipeline.delivery.api.problems import Problem
 from flywheel_pipeline.delivery.tokens import Caller, TokenRefused, authenticate, authenticate_and_ask, check_in
 
@@ -40,8 +41,7 @@ def caller_of(connection: psycopg.Connection[Any], token: str) -> Caller:
         caller = authenticate(connection, token)
     except TokenRefused as refused:
         raise _refusal(refused) from None
-    if caller.checkin_due:
-        check_in(connection, caller.appliance_id)
+    _check_in_if_due(connection, caller)
     return caller
 
 
@@ -55,9 +55,15 @@ def caller_and_answer(connection: psycopg.Connection[Any], token: str, question:
         caller, answer = authenticate_and_ask(connection, token, AGENT_API, question)
     except TokenRefused as refused:
         raise _refusal(refused) from None
-    if caller.checkin_due:
-        check_in(connection, caller.appliance_id)
+    _check_in_if_due(connection, caller)
     return caller, answer
+
+
+def _check_in_if_due(connection: psycopg.Connection[Any], caller: Caller) -> None:
+    if caller.checkin_due:
+        with connection.pipeline(), connection.transaction():
+            speak_for(connection, caller)
+            check_in(connection, caller.appliance_id)
 
 
 def _refusal(refused: TokenRefused) -> Problem:

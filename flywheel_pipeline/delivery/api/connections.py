@@ -41,8 +41,7 @@ def speak_for(connection: psycopg.Connection[Any], caller: Caller) -> None:
 
     Its role is that of the agent API, so that row security holds it, whatever the server's own role may do.
 
-    Every statement that an appliance's request makes runs behind this, but for the look-up of its token and its sign of
-    life, which precede it.
+    Every statement that an appliance's request makes runs behind this, but for the look-up of its token, which precedes it.
     """
     connection.execute(_SPEAK, (caller.site_id, caller.appliance_id, AGENT_API))
 

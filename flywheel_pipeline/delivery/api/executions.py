@@ -48,6 +48,7 @@ async def post_executions(request: Request) -> Response:
         try:
             rows = await worker.connections.compute(lambda: _taken_apart(body, kind, gzipped, worker.limits))
         except UnreadableBody as error:
+            worker.rates.rows(caller.appliance_id, 1, len(body))
             reject = Reject(error.code, error.reason)
             reject_id = await worker.connections.write(
                 caller,
@@ -62,7 +63,7 @@ async def post_executions(request: Request) -> Response:
                 "Correct it or send NDJSON, in which a broken line spoils no other; it is kept among the rejects.",
                 reject_id=reject_id,
             ) from None
-        worker.rates.rows(caller.appliance_id, len(rows.payloads))
+        worker.rates.rows(caller.appliance_id, len(rows.payloads), sum(map(len, rows.payloads)))
         parsed = await worker.connections.compute(lambda: parse_batch(rows.payloads, received_at=received_at))
         result = await worker.connections.write(
             caller,

@@ -24,7 +24,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
-from psycopg.rows import dict_row
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,93 +49,31 @@ ROWS: Final = Counter("flywheel_api_rows", "Rows of executions answered for, by 
 #: How long an answer is good for: whoever asks more often gets the same one, and the database is asked once.
 METRICS_SECONDS: Final = 5.0
 HEALTH_SECONDS: Final = 1.0
-_STUCK_AFTER: Final = "15 minutes"
 
-#: name -> (help, query of one number; null: there is nothing to tell, and no sample).
-GAUGES: Final[dict[str, tuple[str, str]]] = {
-    "flywheel_stuck_candidates": (
-        f"Patterns approved, or decided to be promoted, and still not promoted after {_STUCK_AFTER}.",
-        f"""
-        SELECT count(*) FROM patterns p
-        LEFT JOIN LATERAL (
-          SELECT verdict, decided_at FROM promotion_decisions
-          WHERE subject_kind = 'pattern' AND subject_id = p.pattern_key ORDER BY decision_id DESC LIMIT 1
-        ) d ON true
-        LEFT JOIN LATERAL (
-          SELECT max(acted_at) AS acted_at FROM human_acts
-          WHERE act = 'approve' AND subject_kind = 'pattern' AND subject_id IN (p.pattern_key, p.pattern_id)
-        ) h ON true
-        WHERE p.status IN ('pending', 'approved')
-          AND (d.verdict IN ('promote', 'advance') AND d.decided_at < now() - interval '{_STUCK_AFTER}'
-               OR p.status = 'approved' AND coalesce(h.acted_at, p.created_at) < now() - interval '{_STUCK_AFTER}')
-        """,  # noqa: S608
-    ),
-    "flywheel_last_promotion_age_seconds": (
-        "Since the last promotion of any rule; no sample before the first.",
-        "SELECT extract(epoch FROM now() - max(occurred_at)) FROM rule_events WHERE kind = 'promoted'",
-    ),
-    "flywheel_rules_quarantined": (
-        "Rules in quarantine.",
-        "SELECT count(*) FROM l1_rules WHERE state = 'quarantined'",
-    ),
-    "flywheel_rules_enabled": (
-        "Promoted rules in service.",
-        "SELECT count(*) FROM l1_rules WHERE enabled AND source = 'promoted'",
-    ),
-    "flywheel_commands_undelivered": (
-        "Commands that no appliance fetched yet.",
-        "SELECT count(*) FROM appliance_commands WHERE status = 'pending'",
-    ),
-    "flywheel_commands_undelivered_age_seconds": (
-        "Age of the oldest of them; 0 if there is none.",
-        "SELECT coalesce(extract(epoch FROM now() - min(created_at)), 0) FROM appliance_commands WHERE status = 'pending'",
-    ),
-    "flywheel_commands_unacknowledged": (
-        "Commands that were fetched and not answered yet.",
-        "SELECT count(*) FROM appliance_commands WHERE status = 'delivered'",
-    ),
-    "flywheel_unresolved_rule_ids": (
-        "Rule ids that telemetry names and the registry does not know.",
-        "SELECT count(*) FROM unresolved_rule_ids WHERE executions > 0",
-    ),
-    "flywheel_unresolved_executions": (
-        "Executions of those ids.",
-        "SELECT coalesce(sum(executions), 0) FROM unresolved_rule_ids",
-    ),
-    "flywheel_refresh_lag_seconds": (
-        "Age of the oldest telemetry that the aggregates do not count yet; 0 if they count all.",
-        "SELECT coalesce(extract(epoch FROM now() - min(touched_at)), 0) FROM touched_cells",
-    ),
-    "flywheel_waiting_cells": (
-        "Site-days that wait for the refresh.",
-        "SELECT count(*) FROM (SELECT DISTINCT site_id, day FROM touched_cells) AS cells",
-    ),
-    "flywheel_last_refresh_age_seconds": (
-        "Since the last refresh of the aggregates; no sample before the first.",
-        "SELECT extract(epoch FROM now() - max(refreshed_at)) FROM refresh_batches",
-    ),
-    "flywheel_open_rejects": (
-        "Refused rows that wait for a decision.",
-        "SELECT count(*) FROM telemetry_rejects WHERE status = 'open'",
-    ),
-    "flywheel_appliances_out_of_sync": (
-        "Appliances that report another rule set than the one they should run.",
-        """
-        SELECT count(*) FROM appliances a JOIN appliance_manifests m USING (appliance_id) JOIN manifest_contents c USING (content_hash)
-        WHERE a.status <> 'retired' AND a.state_reported_at IS NOT NULL
-          AND a.reported_manifest_hash IS DISTINCT FROM c.manifest_hash
-        """,
-    ),
+#: name -> help; the queries are those of flywheel_api_gauges() (`routines/65_agent_api.sql`).
+GAUGES: Final[dict[str, str]] = {
+    "flywheel_stuck_candidates": "Patterns approved, or decided to be promoted, and still not promoted after 15 minutes.",
+    "flywheel_last_promotion_age_seconds": "Since the last promotion of any rule; no sample before the first.",
+    "flywheel_rules_quarantined": "Rules in quarantine.",
+    "flywheel_rules_enabled": "Promoted rules in service.",
+    "flywheel_commands_undelivered": "Commands that no appliance fetched yet.",
+    "flywheel_commands_undelivered_age_seconds": "Age of the oldest of them; 0 if there is none.",
+    "flywheel_commands_unacknowledged": "Commands that were fetched and not answered yet.",
+    "flywheel_unresolved_rule_ids": "Rule ids that telemetry names and the registry does not know.",
+    "flywheel_unresolved_executions": "Executions of those ids.",
+    "flywheel_refresh_lag_seconds": "Age of the oldest telemetry that the aggregates do not count yet; 0 if they count all.",
+    "flywheel_waiting_cells": "Site-days that wait for the refresh.",
+    "flywheel_last_refresh_age_seconds": "Since the last refresh of the aggregates; no sample before the first.",
+    "flywheel_open_rejects": "Refused rows that wait for a decision.",
+    "flywheel_appliances_out_of_sync": "Appliances that report another rule set than the one they should run.",
 }
-_ALL_GAUGES: Final = "SELECT " + ", ".join(f"({query}) AS {name}" for name, (_, query) in GAUGES.items())
 
 
 def read_gauges(connection: psycopg.Connection[Any]) -> dict[str, float | None]:
-    """All gauges as of one moment, within five seconds or not at all."""
-    with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
-        cursor.execute("SET LOCAL statement_timeout = '5s'")
-        row = cursor.execute(_ALL_GAUGES).fetchone() or {}
-    return {name: None if value is None else float(value) for name, value in row.items()}
+    """All gauges as of one moment (None: there is nothing to tell), within five seconds or not at all."""
+    with connection.transaction():
+        connection.execute("SET LOCAL statement_timeout = '5s'")
+        return dict(connection.execute("SELECT name, value FROM flywheel_api_gauges()").fetchall())
 
 
 class _Gauges(Collector):
@@ -149,7 +86,7 @@ class _Gauges(Collector):
         """Yield those that have a value."""
         for name, value in self._values.items():
             if value is not None:
-                yield GaugeMetricFamily(name, GAUGES[name][0], value=value)
+                yield GaugeMetricFamily(name, GAUGES[name], value=value)
 
 
 class _Remembered:

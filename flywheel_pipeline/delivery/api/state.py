@@ -1,6 +1,6 @@
 """What one worker of the API holds, and the few steps that every handler begins with.
 
-Belongs here: connections, limits, and the order token -> rate -> site. Does not belong here: any endpoint.
+Belongs here: connections, limits, and the order address -> token -> rate -> site; what is refused counts as well. Does not belong here: any endpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def admit(request: Request) -> Caller:
         Problem: 401, 403, 429, or 503.
     """
     token = bearer_token(request)
-    caller, _ = await _admit(request, lambda connection: (caller_of(connection, token), None))
+    caller, _ = await _admit(request, token, lambda connection: (caller_of(connection, token), None))
     return caller
 
 
@@ -72,6 +72,7 @@ async def admit_asking(
     token = bearer_token(request)
     return await _admit(
         request,
+        token,
         lambda connection: caller_and_answer(connection, token, question),
         then,
     )
@@ -79,6 +80,7 @@ async def admit_asking(
 
 async def _admit(
     request: Request,
+    token: str,
     who: Callable[[psycopg.Connection[Any]], tuple[Caller, Any]],
     then: Callable[[psycopg.Connection[Any], Caller, Any], Any] = lambda _connection, _caller, _answer: None,
 ) -> tuple[Caller, Any]:
@@ -87,12 +89,25 @@ async def _admit(
 
     def work(connection: psycopg.Connection[Any]) -> tuple[Caller, Any]:
         caller, answer = who(connection)
-        require_own(caller, sites, appliances)
+        try:
+            require_own(caller, sites, appliances)
+        except Problem as foreign:
+            return caller, foreign  # it is told so once it is counted
         return caller, then(connection, caller, answer)
 
     worker = worker_of(request)
-    caller, result = await worker.connections.read(work)
+    address = request.client.host if request.client else ""
+    worker.rates.may_ask(address, token)
+    try:
+        caller, result = await worker.connections.read(work)
+    except Problem as problem:
+        if problem.status in (401, 403):
+            worker.rates.refused(address, token)
+        raise
+    worker.rates.held(token)
     worker.rates.request(caller.appliance_id)
+    if isinstance(result, Problem):
+        raise result
     return caller, result
 
 
