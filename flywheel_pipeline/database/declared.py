@@ -54,11 +54,25 @@ def execute_routine(connection: Connection, routine: Routine) -> None:
         cursor.execute(routine.text.encode())
 
 
-def sync_sql_models(connection: Connection) -> list[str]:
-    """Create or replace the relations of changed SQL models in the first schema of the search_path."""
-    from flywheel_pipeline.sql_models.sync import sync_models  # here, since sqlglot takes 0.2 s to import
+def read_models() -> None:
+    """Read and check the SQL models, which takes 0.3 s; whoever asks for them after that has them at once."""
+    from flywheel_pipeline.sql_models.loader import load_models  # here, since sqlglot takes 0.2 s to import
 
-    return [f"model {change}" for change in sync_models(connection)]
+    load_models()
+
+
+def sync_relations(connection: Connection) -> list[str]:
+    """Create or replace the relations of changed SQL models in the first schema of the search_path; read no row."""
+    from flywheel_pipeline.sql_models import sync
+
+    return [f"model {change}" for change in sync.sync_relations(connection)]
+
+
+def fill_models(connection: Connection) -> list[str]:
+    """Compute what the changed SQL models ask for."""
+    from flywheel_pipeline.sql_models import sync
+
+    return [f"model {change}" for change in sync.fill_models(connection)]
 
 
 def alembic_config() -> Config:

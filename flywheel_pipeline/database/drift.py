@@ -196,7 +196,7 @@ def _declare(connection: Connection) -> dict[str, CatalogObject]:
     metadata.create_all(connection, checkfirst=False)
     for routine in declared.routines():
         declared.execute_routine(connection, routine)
-    declared.sync_sql_models(connection)
+    declared.sync_relations(connection)
     return _snapshot(connection, _SCRATCH)
 
 

@@ -1,13 +1,13 @@
 """Bringing a database to the declared schema.
 
-Belongs here: `upgrade`: migrations, routines, SQL models and seeds in one transaction. Does not belong here:
-the declarations (`tables.py`, `declared.py`, `seed.py`), and how the comparison works (`drift.py`).
+Belongs here: `upgrade`: the catalogue in one transaction (migrations, routines, the models' relations, roles), and then, in
+another, what reads rows (seeds, the models' rows). Does not belong here: the declarations (`tables.py`, `declared.py`, `seed.py`), and how the comparison works (`drift.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ LOCK_TIMEOUT_SECONDS: Final = 2.0
 PATIENCE_SECONDS: Final = 120.0
 
 Progress = Callable[[str], None]
+Step = Callable[[Connection], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,43 @@ def upgrade(
     lock_timeout_seconds: float = LOCK_TIMEOUT_SECONDS,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> UpgradeReport:
-    """Bring the database to this release: all of it or nothing, in one transaction under an advisory lock.
+    """Bring the database to this release, in two transactions under an advisory lock, each all or nothing.
 
-    In order: the schema for Dagster's tables, migrations, changed routines, changed SQL models, changed
-    seeds, roles and their grants. Up to date already, it changes nothing and reports no changes. `progress`
-    receives each change as it is made. Writers may go on: where a table cannot be locked within `lock_timeout_seconds`, everything is
-    undone and tried again, until `patience_seconds` are over.
+    The first changes the catalogue, under locks that writers wait for, and reads no telemetry: the schema for Dagster's
+    tables, migrations, changed routines, relations of changed SQL models, roles and their grants. The second holds no lock
+    that a writer waits for: changed seeds, and what changed models ask to be computed. Between the two, commands and
+    refreshes refuse the database as they do one of another release, and the next upgrade does what is left.
+
+    Up to date already, it changes nothing and reports no changes. `progress` receives each change as it is made. Where a
+    table cannot be locked within `lock_timeout_seconds`, the transaction is undone and tried again, until
+    `patience_seconds` are over.
 
     Raises SchemaMismatch when the database is at a revision that this release does not know, or holds tables
     of our names that Flywheel did not create; DatabaseUnavailable when the role may not create tables, or when
     somebody kept a table locked all the time.
     """
     deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            return _upgrade_once(engine, progress, lock_timeout_seconds)
-        except (sa.exc.OperationalError, psycopg.OperationalError) as error:
-            cause = error.orig if isinstance(error, sa.exc.OperationalError) else error
-            if not isinstance(cause, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)):
-                raise
-            if time.monotonic() >= deadline:
-                raise DatabaseUnavailable(
-                    f"The upgrade could not lock the tables it changes within {patience_seconds:.0f} s; nothing was changed.",
-                    hint=f"{_who_is_at_work(engine)} End it, or upgrade when less is going on.",
-                ) from error
-        if progress is not None:
-            progress("a table is in use: stepping back for the writers, and trying again")
-        time.sleep(lock_timeout_seconds / 2)
+    changes: list[str] = []
+    declared.read_models()  # now, so that no writer waits for it
+    for steps in PARTS:
+        while True:
+            try:
+                changes += _apply(engine, steps, progress, lock_timeout_seconds)
+                break
+            except (sa.exc.OperationalError, psycopg.OperationalError) as error:
+                cause = error.orig if isinstance(error, sa.exc.OperationalError) else error
+                if not isinstance(cause, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)):
+                    raise
+                if time.monotonic() >= deadline:
+                    left = "the rest waits for the next upgrade" if changes else "nothing was changed"
+                    raise DatabaseUnavailable(
+                        f"The upgrade could not lock what it changes within {patience_seconds:.0f} s; {left}.",
+                        hint=f"{_who_is_at_work(engine)} End it, or upgrade when less is going on.",
+                    ) from error
+            if progress is not None:
+                progress("a table is in use: stepping back for the writers, and trying again")
+            time.sleep(lock_timeout_seconds / 2)
+    return UpgradeReport(tuple(changes))
 
 
 def _who_is_at_work(engine: Engine) -> str:
@@ -92,9 +103,9 @@ def _who_is_at_work(engine: Engine) -> str:
     )
 
 
-def _upgrade_once(engine: Engine, progress: Progress | None, lock_timeout_seconds: float) -> UpgradeReport:
+def _apply(engine: Engine, steps: Iterable[Step], progress: Progress | None, lock_timeout_seconds: float) -> list[str]:
+    """Take these steps in one transaction; return the changes."""
     changes: list[str] = []
-    steps = (create_dagster_schema, _migrate, installation)
     try:
         with engine.begin() as connection:
             connection.execute(sa.text(f"SET LOCAL search_path = {declared.SCHEMA}"))
@@ -114,15 +125,13 @@ def _upgrade_once(engine: Engine, progress: Progress | None, lock_timeout_second
             f"The role {engine.url.username} may not create the tables of Flywheel: {str(error.orig).splitlines()[0]}.",
             hint="The owner of the database can GRANT CREATE on it and on its schema public to that role.",
         ) from error
-    return UpgradeReport(tuple(changes))
+    return changes
 
 
 def installation(connection: Connection) -> Iterator[str]:
     """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds, roles; yield each change."""
-    yield from _apply_routines(connection)
-    yield from declared.sync_sql_models(connection)
-    yield from seed.apply_seeds(connection)
-    yield from roles.apply_roles(connection)
+    for step in (_apply_routines, declared.sync_relations, declared.fill_models, seed.apply_seeds, roles.apply_roles):
+        yield from step(connection)
 
 
 def create_dagster_schema(connection: Connection) -> Iterator[str]:
@@ -165,3 +174,10 @@ def _apply_routines(connection: Connection) -> Iterator[str]:
         sa.text("DELETE FROM schema_objects WHERE kind = 'routine' AND NOT name = ANY(:names)"),
         {"names": [routine.name for routine in declared.routines()]},
     )
+
+
+#: Each a transaction. What writers wait for comes first and reads no telemetry, so that it takes no longer for more rows.
+PARTS: Final[tuple[tuple[Step, ...], ...]] = (
+    (create_dagster_schema, _migrate, _apply_routines, declared.sync_relations, roles.apply_roles),
+    (declared.fill_models, seed.apply_seeds),
+)

@@ -1,11 +1,13 @@
 """Bringing the relations of the models in line with `dbt_like_sql/`.
 
-Belongs here: what to create, replace and drop, in which order, and the atomic swap of tables. Does not
-belong here: single statements (`relations.py`) and the rows of cells (`cells.py`).
+Belongs here: what to create, replace and drop, in which order, what to compute then, and the atomic swap of tables. Does
+not belong here: single statements (`relations.py`) and the rows of cells (`cells.py`).
 """
 
 # ruff: noqa: S608 (identifiers come from checked model headers; there are no values in this SQL)
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -30,14 +32,23 @@ from flywheel_pipeline.sql_models.relations import (
 
 
 def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
+    """Bring relations and their rows in line with the models, within the caller's transaction.
+
+    `sync_relations` and then `fill_models`, for who need not let writers go on in between.
+
+    Raises:
+        ModelError: as `sync_relations`.
+    """
+    return [*sync_relations(connection, graph), *fill_models(connection, graph)]
+
+
+def sync_relations(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
     """Create, replace and drop relations until they are those of the models, within the caller's transaction.
 
     A model whose content hash is the recorded one is left alone. A changed view is dropped with the views
     that read it and created anew, in order. A changed cell model keeps its table where the columns and the
-    key are the same; its rows, and those of cell models behind a changed view, are recomputed by the next
-    refresh: every cell is touched (`flywheel_touch_all`) if there is any telemetry. Roll-ups by month and site are
-    filled at once from the rows below them, since a refresh follows what changed there. Models that are gone are
-    dropped.
+    key are the same. Models that are gone are dropped. No row is read: what was changed is recorded as pending, which
+    is nobody's content hash, so that no refresh works on it before `fill_models` has.
 
     Args:
         connection: an open transaction; the declared tables and routines exist.
@@ -64,7 +75,8 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
     changed = {
         model.name
         for model in graph
-        if recorded.get(model.name) != model.content_hash or not _fits(live.get(model.name), model)
+        if recorded.get(model.name) not in (model.content_hash, _pending(model))
+        or not _fits(live.get(model.name), model)
     }
     removed = [name for name in recorded if name not in graph.models]
     # A table whose columns and key stay keeps its rows, its readers and its place.
@@ -88,25 +100,59 @@ def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> l
             continue
         if model.name in keeps:
             describe(connection, model, live[model.name])
-            create_indexes(connection, model)
-            if model.materialized == "table":
-                create_table_swap(connection, model, graph)
             changes.append(f"changed {model.materialized} {model.name}")
         else:
-            _create(connection, model)
+            if model.materialized == "view":
+                create_view(connection, model)
+            else:
+                create_empty_table(connection, model)
             if model.name not in changed:
                 changes.append(f"created {model.materialized} {model.name} again, since a model that it reads changed")
             elif model.name in recorded:
                 changes.append(f"replaced {model.materialized} {model.name}")
             else:
                 changes.append(f"created {model.materialized} {model.name}")
-    _record(connection, graph, changed, removed)
+    _record(connection, {name: _pending(graph.models[name]) for name in changed})
+    if removed:
+        connection.execute(
+            sa.text("DELETE FROM schema_objects WHERE kind = 'model' AND name = ANY(:names)"), {"names": removed}
+        )
+    return changes
+
+
+def fill_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
+    """Compute what the pending models ask for, within the caller's transaction, and record them as current.
+
+    Rows of cell models, and those of cell models behind a changed view, are recomputed by the next refresh: every cell is
+    touched (`flywheel_touch_all`) if there is any telemetry. Roll-ups by month and site are filled at once from the rows
+    below them, since a refresh follows what changed there. Writers of telemetry go on meanwhile: what they commit is in
+    the outbox by itself, and the refresh lock is held from before the first read to the end of the transaction.
+
+    Args:
+        connection: an open transaction of level READ COMMITTED; `sync_relations` has left nothing to do.
+        graph: the models; None loads them.
+
+    Returns:
+        What was done, one sentence each; empty when nothing was pending, or only views that no cell model reads.
+    """
+    graph = graph if graph is not None else load_models()
+    recorded = _recorded(connection)
+    pending = {model.name for model in graph if recorded.get(model.name) == _pending(model)}
+    if not pending:
+        return []
+    connection.exec_driver_sql("SELECT flywheel_lock_refresh()")
     for model in graph:
-        if model.cell in ("month", "site") and ({model.name, *(v.name for v in graph.views_below(model))} & changed):
+        if model.name in pending and model.materialized != "view":
+            create_indexes(connection, model)
+        if model.name in pending and model.materialized == "table":
+            create_table_swap(connection, model, graph)
+        if model.cell in ("month", "site") and ({model.name, *(v.name for v in graph.views_below(model))} & pending):
             _fill(connection, model)
-    if _needs_recompute(graph, changed) and _has_telemetry(connection):
+    changes = []
+    if _needs_recompute(graph, pending) and _has_telemetry(connection):
         cells = connection.exec_driver_sql("SELECT flywheel_touch_all()").scalar_one()
         changes.append(f"touched all {cells} cells, to be recomputed by the next refresh")
+    _record(connection, {name: graph.models[name].content_hash for name in pending})
     return changes
 
 
@@ -176,20 +222,20 @@ def _recorded(connection: sa.Connection) -> dict[str, str]:
     return {row.name: row.content_hash for row in rows}
 
 
-def _record(connection: sa.Connection, graph: ModelGraph, changed: set[str], removed: list[str]) -> None:
-    if changed:
+def _pending(model: SqlModel) -> str:
+    """What is recorded of a model whose relation is this release's and whose rows are not yet."""
+    return f"pending {model.content_hash}"[:64]
+
+
+def _record(connection: sa.Connection, hashes: Mapping[str, str]) -> None:
+    if hashes:
         connection.execute(
             sa.text(
                 "INSERT INTO schema_objects (kind, name, content_hash) VALUES ('model', :name, :hash) "
                 "ON CONFLICT (kind, name) "
                 "DO UPDATE SET content_hash = excluded.content_hash, applied_at = clock_timestamp()"
             ),
-            [{"name": name, "hash": graph.models[name].content_hash} for name in sorted(changed)],
-        )
-    if removed:
-        connection.execute(
-            sa.text("DELETE FROM schema_objects WHERE kind = 'model' AND name = ANY(:names)"),
-            {"names": removed},
+            [{"name": name, "hash": hashes[name]} for name in sorted(hashes)],
         )
 
 
@@ -254,16 +300,6 @@ def _drop_with_readers(
     for name in sorted(doomed):
         take_down(name)
     return gone
-
-
-def _create(connection: sa.Connection, model: SqlModel) -> None:
-    if model.materialized == "view":
-        create_view(connection, model)
-    elif model.materialized == "cell":
-        create_empty_table(connection, model)
-    else:
-        create_empty_table(connection, model)
-        create_table_swap(connection, model)
 
 
 def _fill(connection: sa.Connection, model: SqlModel) -> None:
