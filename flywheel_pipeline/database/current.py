@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from flywheel_pipeline.database import declared
+from flywheel_pipeline.database import declared, seed
 from flywheel_pipeline.errors import SchemaMismatch
 
 
 def require_current(connection: sa.Connection) -> None:
     """Refuse a database that was never upgraded, or not to this release, or to a newer one.
 
-    A changed SQL model counts: its relation must be made anew before it is read or refreshed.
+    A changed SQL model counts: its relation must be made anew before it is read or refreshed. So do models and seeds that an
+    upgrade left when it was ended between its two transactions.
 
     Raises:
         SchemaMismatch: with the first differences and what to do.
@@ -36,6 +37,7 @@ def require_current(connection: sa.Connection) -> None:
 
     expected = {("routine", routine.name): routine.content_hash for routine in declared.routines()}
     expected |= {("model", model.name): model.content_hash for model in load_models().models.values()}
+    expected |= {("seed", name): content for name, content in seed.content_hashes().items()}
     stale = [f"{kind} {name}" for (kind, name), content in expected.items() if recorded.get((kind, name)) != content]
     stale += [f"{kind} {name}" for kind, name in recorded if kind == "model" and (kind, name) not in expected]
     if stale:

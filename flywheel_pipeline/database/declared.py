@@ -75,6 +75,13 @@ def fill_models(connection: Connection) -> list[str]:
     return [f"model {change}" for change in sync.fill_models(connection)]
 
 
+def pending_models(connection: Connection) -> list[str]:
+    """Name the SQL models whose relations an upgrade changed, and whose rows it did not come to; sorted."""
+    from flywheel_pipeline.sql_models import sync
+
+    return sync.pending_models(connection)
+
+
 def alembic_config() -> Config:
     """Return the alembic configuration of the migrations in this package."""
     config = Config()

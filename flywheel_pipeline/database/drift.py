@@ -142,15 +142,18 @@ def check(engine: Engine) -> list[Difference]:
     on them, are other systems' and are left out. Nothing is changed: the transaction is rolled back.
 
     What an adoption left as the old system made it (`adoption_journal`) is no difference, as long as it stays exactly so.
+    A model that an upgrade left pending is one, though its relation is as declared.
 
     Raises SchemaMismatch when the database is at a revision newer than this release.
     """
     with engine.connect() as connection, connection.begin() as transaction:
         revision, head = declared.revision(connection), declared.head_revision()
         accepted = _accepted(connection)
+        pending = [] if revision is None else declared.pending_models(connection)
         expected, live = snapshots(connection)
         transaction.rollback()
     found = [difference for difference in differences(expected, live) if _as_dumped(difference) not in accepted]
+    found += [Difference(f"model {name}", "not computed", "`flywheel db upgrade` to its end", "") for name in pending]
     if revision != head:
         found.insert(0, Difference("migrations", "not at the newest revision", head, revision or "none"))
     return found

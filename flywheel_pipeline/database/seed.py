@@ -32,6 +32,11 @@ def read_seed(name: str) -> list[dict[str, Any]]:
     return _parse(name, _text(name))
 
 
+def content_hashes() -> dict[str, str]:
+    """Sha256 of each seed file, in hexadecimal, in the order in which they are applied."""
+    return {name: hashlib.sha256(_text(name).encode()).hexdigest() for name in (*TABLES, BUILTIN_RULES)}
+
+
 def apply_seeds(connection: Connection) -> Iterator[str]:
     """Insert the rows of every seed file that changed since it was last applied; yield a phrase for each.
 
@@ -39,11 +44,10 @@ def apply_seeds(connection: Connection) -> Iterator[str]:
     """
     from flywheel_pipeline.promotion.ledger import register_builtin
 
-    for name in (*TABLES, BUILTIN_RULES):
-        text = _text(name)
-        if not record_content(connection, "seed", name, hashlib.sha256(text.encode()).hexdigest()):
+    for name, content_hash in content_hashes().items():
+        if not record_content(connection, "seed", name, content_hash):
             continue
-        rows = _parse(name, text)
+        rows = read_seed(name)
         if name == BUILTIN_RULES:
             inserted = register_builtin(connection, rows)
         else:

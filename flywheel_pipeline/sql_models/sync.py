@@ -30,6 +30,8 @@ from flywheel_pipeline.sql_models.relations import (
     verify_columns,
 )
 
+_PENDING = "pending "
+
 
 def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
     """Bring relations and their rows in line with the models, within the caller's transaction.
@@ -215,6 +217,11 @@ def stale_models(connection: sa.Connection, graph: ModelGraph | None = None) -> 
     return sorted(stale | (recorded.keys() - graph.models.keys()))
 
 
+def pending_models(connection: sa.Connection) -> list[str]:
+    """Name the models that `sync_relations` changed and `fill_models` did not come to; sorted. Changes nothing."""
+    return [name for name, recorded in _recorded(connection).items() if recorded.startswith(_PENDING)]
+
+
 def _recorded(connection: sa.Connection) -> dict[str, str]:
     rows = connection.exec_driver_sql(
         "SELECT name, content_hash FROM schema_objects WHERE kind = 'model' ORDER BY name"
@@ -224,7 +231,7 @@ def _recorded(connection: sa.Connection) -> dict[str, str]:
 
 def _pending(model: SqlModel) -> str:
     """What is recorded of a model whose relation is this release's and whose rows are not yet."""
-    return f"pending {model.content_hash}"[:64]
+    return f"{_PENDING}{model.content_hash}"[:64]
 
 
 def _record(connection: sa.Connection, hashes: Mapping[str, str]) -> None:
