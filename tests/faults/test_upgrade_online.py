@@ -1,5 +1,8 @@
 """Upgrades from every earlier revision, with data, while writers write: nothing is lost, and nobody waits for long.
 
+How long the lock on telemetry lasts is the machine's; that no row is read under it, so that it lasts no longer for more of
+them, is not. Controls show that these tests see an upgrade in one transaction, and one whose first says that all is done.
+
 The database stands at an earlier revision with this release's routines and models as far as that revision can hold them,
 all marked as of an older content: so the upgrade changes everything that it may ever have to change under writers.
 """
@@ -8,9 +11,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import psycopg
 import pytest
@@ -21,7 +26,9 @@ from fault_lab import broken_invariants, refresh_once, until
 from telemetry_rows import NOON, insert, row
 
 from flywheel_pipeline.database import declared, migrate
-from flywheel_pipeline.errors import DatabaseUnavailable
+from flywheel_pipeline.database.current import require_current
+from flywheel_pipeline.database.engine import open_engine
+from flywheel_pipeline.errors import DatabaseUnavailable, SchemaMismatch
 
 REVISIONS = [script.revision for script in reversed(list(declared.scripts().walk_revisions()))]
 # The first one has the longest way; the others are on it.
@@ -111,6 +118,205 @@ def writing(engine: sa.Engine, writers: int = 3) -> Iterator[Waits]:
         raise errors[0]
 
 
+@dataclass
+class Transaction:
+    """What a transaction held and had read when it committed."""
+
+    exclusive: list[str]  # locks on telemetry that writers wait for
+    rows_read: dict[str, int]  # by table, none without a row
+
+
+@contextmanager
+def transactions_of(engine: sa.Engine) -> Iterator[list[Transaction]]:
+    """Note every transaction that commits on this engine."""
+    seen: list[Transaction] = []
+
+    def note(connection: sa.Connection) -> None:
+        cursor = connection.connection.cursor()
+        cursor.execute(
+            "SELECT mode FROM pg_locks WHERE relation = to_regclass('public.execution_telemetry') AND granted "
+            "AND pid = pg_backend_pid() AND mode = ANY (%s)",
+            (list(EXCLUSIVE),),
+        )
+        exclusive = [mode for (mode,) in cursor.fetchall()]
+        cursor.execute(
+            "SELECT relname, coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables "
+            "WHERE schemaname = 'public' AND seq_tup_read + coalesce(idx_tup_fetch, 0) > 0"
+        )
+        seen.append(Transaction(exclusive, dict(cursor.fetchall())))
+        cursor.execute("SELECT pg_stat_force_next_flush()")  # the next transaction begins to count at nothing
+
+    sa.event.listen(engine, "commit", note)
+    try:
+        yield seen
+    finally:
+        sa.event.remove(engine, "commit", note)
+
+
+def read_under_lock(transactions: list[Transaction]) -> Counter[str]:
+    """Rows read, by table, in transactions that kept writers of telemetry waiting: what makes the wait grow with them."""
+    return sum((Counter(t.rows_read) for t in transactions if t.exclusive), Counter())
+
+
+@contextmanager
+def upgrading(engine: sa.Engine) -> Iterator[sa.Engine]:
+    """An engine for the upgrade alone, as its command has one."""
+    own = open_engine(engine.url)
+    try:
+        yield own
+    finally:
+        own.dispose()
+
+
+@pytest.fixture
+def counted(engine: sa.Engine) -> sa.Engine:
+    """A database with telemetry of which everything is computed, as an older release with fewer class rules did."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM outcome_class_rules WHERE rule_name = 'unknown_action'")
+        insert(
+            connection, [row(hostname=f"h{n % 5}", at=NOON.replace(day=2 + n % 9), **SOME[n % 3]) for n in range(300)]
+        )
+    refresh_once(engine, graph())
+    with engine.begin() as connection:
+        # An older SELECT gave other figures, and the table is as it was.
+        connection.exec_driver_sql("UPDATE rule_daily_stats SET raw_failures = raw_failures + 1")
+        connection.exec_driver_sql("UPDATE schema_objects SET content_hash = 'older'")
+    return engine
+
+
+SOME: Final = ({}, {"success": False, "error_message": "Unknown action: run_windows_runbook"}, {"success": False})
+IN_ONE: Final = (tuple(step for part in migrate.PARTS for step in part),)
+
+
+def test_no_row_is_read_under_a_lock_that_writers_wait_for(counted: sa.Engine) -> None:
+    growing = {
+        "execution_telemetry",
+        "touched_cells",
+        *(model.name for model in graph() if model.materialized != "view"),
+    }
+    with upgrading(counted) as own, transactions_of(own) as transactions:
+        report = migrate.upgrade(own)
+    assert {change.split()[0] for change in report.changes} == {"routine", "model", "grants", "seed"}
+    assert read_under_lock(transactions).keys() & growing == set()
+    assert [bool(t.exclusive) for t in transactions] == [True, False]
+    assert transactions[1].rows_read["execution_telemetry"] >= 300
+
+
+def test_control_in_one_transaction_every_row_is_read_under_the_lock(
+    counted: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "PARTS", IN_ONE)
+    with upgrading(counted) as own, transactions_of(own) as transactions:
+        migrate.upgrade(own)
+    assert read_under_lock(transactions)["execution_telemetry"] >= 300
+
+
+def upgrade_and_write_into_its_scans(engine: sa.Engine, lock_timeout: str) -> dict[str, set[bool]]:
+    """Upgrade, and insert, correct and delete beside each statement that scans; say whether that could commit, by scan."""
+    committed: dict[str, set[bool]] = {}
+
+    def write(*event: Any) -> None:
+        scan = next((s for s in ("flywheel_touch_all", "INSERT INTO outcome_class_rules") if s in str(event[2])), None)
+        if scan is None:
+            return
+        # All that the scan locks is locked, before it or after, and its transaction is open.
+        try:
+            with engine.begin() as connection:
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{lock_timeout}'")
+                insert(connection, [row(site_id="site-new", at=NOON.replace(day=20 + n), **SOME[n]) for n in range(3)])
+                connection.exec_driver_sql(
+                    "UPDATE execution_telemetry SET success = NOT success, site_id = 'site-b' "
+                    "WHERE id IN (SELECT id FROM execution_telemetry WHERE site_id = 'site-a' ORDER BY id LIMIT 1)"
+                )
+                connection.exec_driver_sql(
+                    "DELETE FROM execution_telemetry WHERE id = (SELECT max(id) - 1 FROM execution_telemetry)"
+                )
+            committed.setdefault(scan, set()).add(True)
+        except sa.exc.OperationalError as error:
+            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+            committed.setdefault(scan, set()).add(False)
+
+    with upgrading(engine) as own:
+        for event in ("before_cursor_execute", "after_cursor_execute"):
+            sa.event.listen(own, event, write)
+        migrate.upgrade(own)
+    return committed
+
+
+def test_what_is_written_while_an_upgrade_scans_is_neither_kept_waiting_nor_missed(counted: sa.Engine) -> None:
+    committed = upgrade_and_write_into_its_scans(counted, "30s")
+    assert committed == {"flywheel_touch_all": {True}, "INSERT INTO outcome_class_rules": {True}}
+    refresh_once(counted, graph())
+    assert_exact(counted)
+
+
+def test_control_in_one_transaction_a_scan_keeps_writers_waiting(
+    counted: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "PARTS", IN_ONE)
+    committed = upgrade_and_write_into_its_scans(counted, "10ms")
+    assert committed == {"flywheel_touch_all": {False}, "INSERT INTO outcome_class_rules": {False}}
+
+
+class Ended(BaseException):
+    """The upgrade's process ends here."""
+
+
+def end_an_upgrade(engine: sa.Engine, when: str) -> None:
+    """Let an upgrade commit its first transaction, and end it before the second or at the end of that."""
+    begun: list[sa.Connection] = []
+
+    def begin(connection: sa.Connection) -> None:
+        begun.append(connection)
+        if when == "between" and len(begun) == 2:
+            raise Ended
+
+    def progress(change: str) -> None:
+        if when == "late" and change.startswith("seed builtin_rules"):
+            raise Ended
+
+    with upgrading(engine) as own:
+        sa.event.listen(own, "begin", begin)
+        with pytest.raises(Ended):
+            migrate.upgrade(own, progress=progress)
+    assert len(begun) == 2
+
+
+@pytest.mark.parametrize("when", ["between", "late"])
+def test_an_upgrade_that_ends_half_way_is_refused_until_the_next_completes_it(counted: sa.Engine, when: str) -> None:
+    end_an_upgrade(counted, when)
+    with counted.begin() as connection:
+        insert(connection, [row(site_id="site-b", **SOME[n]) for n in range(3)])
+        connection.exec_driver_sql("UPDATE execution_telemetry SET success = NOT success WHERE hostname = 'h1'")
+    with counted.connect() as connection, pytest.raises(SchemaMismatch, match="does not hold this release's model"):
+        require_current(connection)
+    with pytest.raises(SchemaMismatch, match="other SQL models"):
+        refresh_once(counted, graph())
+    assert {found.problem for found in migrate.check(counted)} == {"not computed"}
+
+    changes = migrate.upgrade(counted).changes
+    assert [change.split()[0] for change in changes] == ["model", "seed", "seed", "seed"]  # and no routine again
+    assert migrate.check(counted) == []
+    assert migrate.upgrade(counted).changes == ()
+    refresh_once(counted, graph())
+    assert_exact(counted)
+
+
+def test_control_a_first_transaction_that_calls_itself_complete_leaves_old_figures(counted: sa.Engine) -> None:
+    end_an_upgrade(counted, "between")
+    with counted.begin() as connection:
+        for model in graph():
+            connection.execute(
+                sa.text("UPDATE schema_objects SET content_hash = :hash WHERE kind = 'model' AND name = :name"),
+                {"hash": model.content_hash, "name": model.name},
+            )
+    migrate.upgrade(counted)
+    refresh_once(counted, graph())
+    with pytest.raises(AssertionError):
+        assert_exact(counted)
+
+
 @pytest.mark.parametrize("revision", EACH)
 def test_a_populated_database_of_each_revision_upgrades_under_writers(
     empty_engine: sa.Engine, revision: str, record_property: pytest.RecordProperty
@@ -118,14 +324,16 @@ def test_a_populated_database_of_each_revision_upgrades_under_writers(
     at_revision(empty_engine, revision)
     with empty_engine.begin() as connection:
         before = insert(connection, [row(hostname=f"h{n % 5}", success=n % 3 > 0) for n in range(300)])
-    with writing(empty_engine) as waits:
-        report = migrate.upgrade(empty_engine)
+    with upgrading(empty_engine) as own, transactions_of(own) as transactions, writing(empty_engine) as waits:
+        report = migrate.upgrade(own)
     assert any(change.startswith("routine") for change in report.changes)
     assert any(change.startswith("migration") for change in report.changes) == (revision != REVISIONS[-1])
     record_property("longest_wait_of_a_writer_seconds", round(max(waits.commits), 3))
     record_property("locks_held_seconds", {mode: round(s, 3) for mode, s in waits.held.items()})
     print(f"{revision} -> {REVISIONS[-1]}: longest wait {max(waits.commits):.3f} s, locks on telemetry {waits.held}")
 
+    assert read_under_lock(transactions)["execution_telemetry"] == 0
+    assert transactions[-1].rows_read["execution_telemetry"] >= 300
     assert migrate.check(empty_engine) == []
     assert migrate.upgrade(empty_engine).changes == ()
     refresh_once(empty_engine, graph())
