@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for _room in ("aggregates", "pipeline", "promotion"):
+for _room in ("aggregates", "delivery", "pipeline", "promotion"):
     _path = str(Path(__file__).resolve().parents[1] / _room)
     if _path not in sys.path:
         sys.path.append(_path)
