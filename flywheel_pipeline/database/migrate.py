@@ -1,7 +1,8 @@
 """Bringing a database to the declared schema.
 
 Belongs here: `upgrade`: the catalogue in one transaction (migrations, routines, the models' relations, roles), and then, in
-another, what reads rows (seeds, the models' rows). Does not belong here: the declarations (`tables.py`, `declared.py`, `seed.py`), and how the comparison works (`drift.py`).
+another, what reads rows (the models' rows, seeds). Does not belong here: the declarations (`tables.py`, `declared.py`,
+`seed.py`), and how the comparison works (`drift.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def upgrade(
 
     The first changes the catalogue, under locks that writers wait for, and reads no telemetry: the schema for Dagster's
     tables, migrations, changed routines, relations of changed SQL models, roles and their grants. The second holds no lock
-    that a writer waits for: changed seeds, and what changed models ask to be computed. Between the two, commands and
+    that a writer waits for: what changed models ask to be computed, and changed seeds. Between the two, commands and
     refreshes refuse the database as they do one of another release, and the next upgrade does what is left.
 
     Up to date already, it changes nothing and reports no changes. `progress` receives each change as it is made. Where a

@@ -49,8 +49,9 @@ def sync_relations(connection: sa.Connection, graph: ModelGraph | None = None) -
 
     A model whose content hash is the recorded one is left alone. A changed view is dropped with the views
     that read it and created anew, in order. A changed cell model keeps its table where the columns and the
-    key are the same. Models that are gone are dropped. No row is read: what was changed is recorded as pending, which
-    is nobody's content hash, so that no refresh works on it before `fill_models` has.
+    key are the same. Models that are gone are dropped. No row is read, but for sealed figures in a table that has to go:
+    what was changed is recorded as pending, which is nobody's content hash, so that no refresh works on it before
+    `fill_models` has.
 
     Args:
         connection: an open transaction; the declared tables and routines exist.
