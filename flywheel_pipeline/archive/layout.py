@@ -24,9 +24,10 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, get_args
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -55,6 +56,9 @@ _EXPORT_AGAIN = (
     "Run `flywheel archive export` for this day while its telemetry is in the database; else restore the file."
 )
 _EXAMPLES = "Set FLYWHEEL_ARCHIVE_URL to a folder, or to a URL such as s3://bucket/flywheel."
+# One or no slash too: what is misspelt so is taken for a folder, and is shown. Three begin a path of this machine.
+_SCHEME = re.compile(r"\w[\w+.-]+:/{0,2}(?!/)")
+_SHORTEST_SECRET = 4  # characters: what is shorter stands in any text
 _BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "az", "oss", "oci"})
 
 
@@ -145,12 +149,13 @@ class DayManifest(BaseModel):
 class Archive:
     """An archive at a root. Make one by `Archive.open`.
 
-    `shown` is its URL without passwords, for messages.
+    `shown` is its URL without passwords, for messages; `secrets` is what that hides, for the messages of its client.
     """
 
-    fs: Any
-    root: str
+    fs: Any = field(repr=False)
+    root: str = field(repr=False)
     shown: str
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     # -- opening and reading -------------------------------------------------------------------------------------------
 
@@ -166,12 +171,13 @@ class Archive:
             ArchiveUnreachable: the file system did not answer.
         """
         text = str(url).strip()
-        shown = re.sub(r"(?<=://)[^/@]*@", "***@", text)
+        shown, hidden = _without_secrets(text)
         if not text:
             raise ArchiveUrlRefused("The URL of the archive is empty.", hint=_EXAMPLES)
         scheme = text.partition("://")[0] if "://" in text else "file"
         if scheme not in ("file", "local") and scheme not in fsspec.available_protocols():
-            raise ArchiveUrlRefused(f"The archive URL has the unknown scheme {scheme!r}.", hint=_EXAMPLES)
+            named = f"the unknown scheme {scheme!r}" if re.fullmatch(r"[\w+.-]+", scheme) else "no scheme that is known"
+            raise ArchiveUrlRefused(f"The archive URL has {named}.", hint=_EXAMPLES)
         if scheme in ("http", "https", "data", "git", "github", "gist", "zip", "tar", "libarchive", "reference"):
             raise ArchiveUrlRefused(
                 f"The scheme {scheme!r} cannot be written to, so it holds no archive.", hint=_EXAMPLES
@@ -185,17 +191,17 @@ class Archive:
                 f"The scheme {scheme!r} needs a package that is not installed: {_first_line(error)}.",
                 hint="Install it beside Flywheel (for S3 and what speaks it: the extra `s3`), or use a folder.",
             ) from error
-        except Exception as error:  # of any kind: a client may look for its credentials at once
+        except Exception as error:  # noqa: BLE001 (of any kind: a client may look for its credentials at once)
             raise ArchiveUrlRefused(
-                f"The archive URL {shown} cannot be used: {_first_line(error)}.", hint=_EXAMPLES
-            ) from error
+                f"The archive URL {shown} cannot be used: {_first_line(error, hidden)}.", hint=_EXAMPLES
+            ) from (None if hidden else error)
         root = root.rstrip("/")
         if not root:
             raise ArchiveUrlRefused(
                 f"The archive URL {shown} names no folder: an archive does not share the root of a file system.",
                 hint=_EXAMPLES,
             )
-        archive = cls(fs, root, shown)
+        archive = cls(fs, root, shown, hidden)
         if not create and not archive._names(MANIFESTS):
             raise ArchiveNotFound(
                 f"There is no archive at {shown}.",
@@ -325,18 +331,19 @@ class Archive:
     def reaching(self, trouble: str = "cannot be used") -> Iterator[None]:
         """Around nothing but calls of the file system: whatever its client raises becomes ArchiveUnreachable.
 
-        Clients of object stores raise errors of their own, each another kind, beside OSError; the one raised stays the cause.
+        Clients of object stores raise errors of their own, each another kind, beside OSError; the one raised stays the cause,
+        unless the URL holds secrets, which it may repeat.
         """
         try:
             yield
         except ArchiveError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (of any kind: said in full)
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             raise ArchiveUnreachable(
-                f"The archive {self.shown} {trouble}: {kind}{_first_line(error)}.",
+                f"The archive {self.shown} {trouble}: {kind}{_first_line(error, self.secrets)}.",
                 hint="The archive still holds what it held before; correct that and try again.",
-            ) from error
+            ) from (None if self.secrets else error)
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -423,8 +430,30 @@ def _lost(day: dt.date, file: ArchiveFile) -> ArchivedFileLost:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+def _without_secrets(url: str) -> tuple[str, tuple[str, ...]]:
+    """Return a URL as it may be shown, and the words that this hides.
+
+    Keys of object stores hold `/`, `+` and `@` as they are, so all between the scheme and the last @ is hidden, and the
+    query; a query with an @ cannot be told from such a key, so then all of it is. A folder's path is shown whole.
+    """
+    scheme = _SCHEME.search(url)
+    if scheme is None:
+        return url, ()
+    head, rest = url[: scheme.end()], url[scheme.end() :]
+    secret, at, place = rest.rpartition("@")
+    place, _, query = place.partition("?")
+    if "?" in secret:
+        secret, at, place, query = rest, "@", "", ""
+    given = f"{secret} {query}"
+    words = {w for w in re.split(r"[^\w+%.~-]+", f"{given} {unquote(given)}") if len(w) >= _SHORTEST_SECRET}
+    return head + ("***" + at if at else "") + place, tuple(sorted(words, key=len, reverse=True))
+
+
+def _first_line(error: Exception, secrets: tuple[str, ...] = ()) -> str:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    for secret in secrets:
+        said = said.replace(secret, "***")
+    return said
 
 
 def _sync_folder(folder: Path) -> None:

@@ -79,12 +79,16 @@ def roles(json: bool = typer.Option(False, "--json", help="Print the roles as JS
 
 @app.command()
 def url(
-    show_password: bool = typer.Option(False, "--show-password", help="Print the password too."),
+    show_password: bool = typer.Option(
+        False, "--show-password", help="Print the password and every option too, as psql takes it."
+    ),
 ) -> None:
-    """Print the URL of the database in use, starting the embedded server if need be."""
-    from flywheel_pipeline.database.engine import resolve_url
+    """Print the URL of the database in use, without its secrets, starting the embedded server if need be."""
+    from flywheel_pipeline.database.engine import resolve_url, shown_url
 
-    out.file.write(resolve_url().render_as_string(hide_password=not show_password) + "\n")
+    found = resolve_url()
+    whole = found.set(drivername="postgresql").render_as_string(hide_password=False)
+    out.file.write((whole if show_password else shown_url(found)) + "\n")
 
 
 @app.command()

@@ -74,7 +74,7 @@ def up(
 ) -> None:
     """Start database, Dagster UI, daemon and agent API; sensors and schedules are on. Ctrl-C stops all it started."""
     from flywheel_pipeline.database.embedded import EmbeddedServer
-    from flywheel_pipeline.database.engine import open_engine, resolve_url
+    from flywheel_pipeline.database.engine import open_engine, resolve_url, shown_url
     from flywheel_pipeline.database.migrate import upgrade
     from flywheel_pipeline.database.settings import get_settings
     from flywheel_pipeline.health.alerting.channels import get_alerting
@@ -98,7 +98,7 @@ def up(
         out.print(f"Schema: {len(changes)} changes.")
     out.print(f"Dagster UI  {services.url}   (ready after {time.monotonic() - begun:.0f} s)")
     out.print(f"Agent API   {services.api_url}", markup=False, soft_wrap=True)
-    out.print(f"Database    {url.render_as_string(hide_password=True)}", markup=False, soft_wrap=True)
+    out.print(f"Database    {shown_url(url)}", markup=False, soft_wrap=True)
     out.print(f"Logs        {services.logs}", markup=False, soft_wrap=True)
     out.print("Ctrl-C stops all of it.")
     failed = False

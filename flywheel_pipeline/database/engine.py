@@ -1,12 +1,15 @@
 """Which PostgreSQL, and engines on it.
 
-Belongs here: resolving FLYWHEEL_DATABASE_URL or the embedded server to one URL, verifying that it is a
-PostgreSQL that Flywheel runs on, opening engines. Does not belong here: schema, and any query of a room.
+Belongs here: resolving FLYWHEEL_DATABASE_URL or the embedded server to one URL, showing a URL without its secrets,
+verifying that it is a PostgreSQL that Flywheel runs on, opening engines. Does not belong here: schema, and any query of
+a room.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Final
+from urllib.parse import quote_plus
 
 import psycopg
 import sqlalchemy as sa
@@ -25,6 +28,41 @@ _LOOK: Final = "SET client_connection_check_interval = '2s'"
 
 _EXAMPLE = "postgresql://user:password@host:5432/database"
 _ACCEPTED = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
+
+#: Options of libpq whose values say where a connection goes and how, and open nothing; of all others only the name is shown.
+_HARMLESS: Final = frozenset(
+    {
+        "application_name",
+        "channel_binding",
+        "client_encoding",
+        "connect_timeout",
+        "dbname",
+        "fallback_application_name",
+        "gssencmode",
+        "host",
+        "hostaddr",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "load_balance_hosts",
+        "passfile",
+        "port",
+        "service",
+        "sslcert",
+        "sslcrl",
+        "sslkey",
+        "sslmode",
+        "sslnegotiation",
+        "sslrootcert",
+        "target_session_attrs",
+        "tcp_user_timeout",
+        "user",
+    }
+)
+_HIDDEN: Final = "***"
+#: libpq names an option that it does not know, and its value where it cannot be; a password's value never.
+_NEVER_REPEATED: Final = frozenset({"password", "sslpassword"})
 
 
 def resolve_url(settings: Settings | None = None, *, start: bool = True) -> URL:
@@ -51,11 +89,12 @@ def resolve_url(settings: Settings | None = None, *, start: bool = True) -> URL:
 def parse_url(text: str) -> URL:
     """Parse a database URL and set the psycopg 3 driver.
 
-    Raises DatabaseUnavailable when the scheme is missing or not PostgreSQL's. The text is never repeated in
-    the message: it may hold a password.
+    Raises DatabaseUnavailable when the scheme is missing or not PostgreSQL's, and for a password with a bare @: what
+    follows it would be taken for the host, and be shown. The text is never repeated in the message, nor in its cause:
+    it may hold a password.
     """
     scheme, separator, _ = text.strip().partition("://")
-    if not separator:
+    if not separator or not re.fullmatch(r"[\w+.-]+", scheme):
         raise DatabaseUnavailable(
             "The database URL has no scheme; it must begin with postgresql://.",
             hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
@@ -65,14 +104,29 @@ def parse_url(text: str) -> URL:
             f"The database URL has the scheme {scheme!r}; Flywheel runs on PostgreSQL only.",
             hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}.",
         )
+    unreadable = DatabaseUnavailable(
+        "The database URL cannot be read.",
+        hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}; escape special characters as %XX (@ is %40).",
+    )
+    before_query = text.partition("://")[2].partition("?")[0]
+    if before_query.partition(":")[2].count("@") > 1:
+        raise unreadable
     try:
         url = sa.make_url(text.strip().replace(scheme, "postgresql", 1))
-    except (sa.exc.ArgumentError, ValueError) as error:
-        raise DatabaseUnavailable(
-            "The database URL cannot be read.",
-            hint=f"Set FLYWHEEL_DATABASE_URL to a URL such as {_EXAMPLE}; escape special characters as %XX.",
-        ) from error
+    except (sa.exc.ArgumentError, ValueError):
+        raise unreadable from None
     return url.set(drivername=DRIVER)
+
+
+def shown_url(url: URL) -> str:
+    """Return the URL as people and logs may see it: without driver, and `***` for the password and for most options.
+
+    A password may stand among the options too, under its own name, another's or a misspelt one; so the values of those
+    alone are shown that are known to be harmless. With no such option and no password it is the URL itself, for psql.
+    """
+    query = {key: value if key in _HARMLESS else _HIDDEN for key, value in url.query.items()}
+    shown = url.set(drivername="postgresql", query=query).render_as_string(hide_password=True)
+    return shown.replace(f"={quote_plus(_HIDDEN)}", f"={_HIDDEN}")
 
 
 def verify_server(url: URL) -> None:
@@ -80,7 +134,7 @@ def verify_server(url: URL) -> None:
 
     Raises DatabaseUnavailable naming the server (never its password) and the reason.
     """
-    shown = url.set(drivername="postgresql").render_as_string(hide_password=True)
+    shown = shown_url(url)
     engine = _engine(url, poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
@@ -90,9 +144,9 @@ def verify_server(url: URL) -> None:
         lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
         reason = (lines[0] if lines else "no reason given").rstrip(".")
         raise DatabaseUnavailable(
-            f"The database {shown} cannot be reached: {reason}.",
+            f"The database {shown} cannot be reached: {_without_values(reason, url)}.",
             hint="Start that server or correct FLYWHEEL_DATABASE_URL; unset it to use the embedded database.",
-        ) from error
+        ) from None  # the driver's own words, which a traceback would add, may repeat what is hidden here
     finally:
         engine.dispose()
     if version < MINIMUM_SERVER_VERSION:
@@ -100,6 +154,15 @@ def verify_server(url: URL) -> None:
             f"The database {shown} is PostgreSQL {spoken}; Flywheel needs version 15 or later.",
             hint="Upgrade that server, or unset FLYWHEEL_DATABASE_URL to use the embedded PostgreSQL 18.",
         )
+
+
+def _without_values(said: str, url: URL) -> str:
+    """Hide in a complaint of libpq or the server the values that `shown_url` hides: both repeat what they refuse."""
+    for key, given in url.query.items():
+        if key not in _HARMLESS | _NEVER_REPEATED:
+            for word in re.split(r"[\s=]+", given if isinstance(given, str) else " ".join(given)):
+                said = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", _HIDDEN, said) if word else said
+    return said
 
 
 def open_engine(url: URL | str | None = None) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def setting(**values: Any) -> Callable[[dict[str, Any]], None]:
         ("", "is empty"),
         ("   ", "is empty"),
         ("nowhere://x/y", "unknown scheme 'nowhere'"),
+        ("dana:hunter2@s3://x/y", "no scheme that is known"),
         ("https://example.org/x", "cannot be written to"),
         ("/", "names no folder"),
         ("file:///", "names no folder"),
@@ -72,6 +74,39 @@ def test_a_url_that_cannot_hold_an_archive_is_refused_without_its_password(url: 
         Archive.open(url)
     assert refused.value.hint
     assert "hunter2" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory://AKIA:ab/cdSE+CRET@bucket/x", "memory://***@bucket/x"),
+        ("memory://u:se@SE+CRET@host/x", "memory://***@host/x"),
+        ("memory://bucket/x?token=SE+CRET", "memory://bucket/x"),
+        ("memory://bucket/x?token=SE@CRET&key=SE+CRET", "memory://***@"),
+        ("memory://u:a?SE+CRET@host/x", "memory://***@"),
+        ("memory:/AKIA:SE+CRET@bucket/x", "memory:/***@bucket/x"),
+        ("memory://bucket/flywheel", "memory://bucket/flywheel"),
+        ("/nowhere/a@b?c", "/nowhere/a@b?c"),
+        ("file:///nowhere/a@b", "file:///nowhere/a@b"),
+    ],
+)
+def test_the_url_of_an_archive_is_shown_without_what_opens_it(url: str, shown: str) -> None:
+    archive = Archive.open(url, create=True)
+    assert archive.shown == shown
+    assert "SE+CRET" not in repr(archive)
+    with pytest.raises(errors.ArchiveNotFound) as refused:
+        Archive.open(url)
+    assert f"There is no archive at {shown}." in refused.value.message
+
+
+def test_what_a_client_of_an_object_store_says_repeats_no_secret_of_its_url() -> None:
+    archive = Archive.open("memory://AKIA1234:ab/cdSE+CRET@bucket/x", create=True)
+    said = 'Invalid bucket name "AKIA1234:ab": no such path AKIA1234:ab/cdSE+CRET@bucket/x'
+    with pytest.raises(errors.ArchiveUnreachable) as refused, archive.reaching():
+        raise ValueError(said)
+    told = "".join(traceback.format_exception(refused.value))
+    assert "bucket name" in refused.value.message
+    assert [secret for secret in ("AKIA1234", "SE+CRET") if secret in told] == []
 
 
 def test_where_nothing_was_archived_there_is_no_archive(archive: Archive) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from flywheel_pipeline.database.embedded import EmbeddedServer
-from flywheel_pipeline.database.engine import dagster_url, open_engine, parse_url, resolve_url
+from flywheel_pipeline.database.engine import dagster_url, open_engine, parse_url, resolve_url, shown_url
 from flywheel_pipeline.database.settings import Settings, get_settings
 from flywheel_pipeline.errors import DatabaseUnavailable, UsageError
 
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.mark.parametrize("text", ["localhost/flywheel", "user:secret@host:5432/db", "flywheel"])
+@pytest.mark.parametrize(
+    "text", ["localhost/flywheel", "user:secret@host:5432/db", "flywheel", "user:secret@postgresql://host/db"]
+)
 def test_a_url_without_scheme_is_refused_and_never_repeated(text: str) -> None:
     with pytest.raises(DatabaseUnavailable, match="has no scheme; it must begin with postgresql://") as refusal:
         parse_url(text)
@@ -61,6 +64,57 @@ def test_a_server_that_is_not_there_is_named_without_its_password() -> None:
     assert f"postgresql://user:***@127.0.0.1:{port}/db" in message
     assert "secret" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("u:hunter2@h:5433/db", "u:***@h:5433/db"),
+        ("u@h/db?password=hunter2", "u@h/db?password=***"),
+        ("u@h/db?pasword=hunter2&PASSWORD=hunter2", "u@h/db?PASSWORD=***&pasword=***"),
+        (
+            "u@h/db?sslmode=require&sslpassword=hunter2&sslkey=/k",
+            "u@h/db?sslkey=%2Fk&sslmode=require&sslpassword=***",
+        ),
+        ("u@h/db?options=-capp.key%3Dhunter2", "u@h/db?options=***"),
+        ("u@h/db?x=hunter2&x=hunter2&host=a:1&host=b:2", "u@h/db?host=a%3A1&host=b%3A2&x=***"),
+        ("user@server:hunter2@h/db", "user%40server:***@h/db"),
+        (
+            "u@/db?host=/tmp/s&port=5433&application_name=mine&connect_timeout=3",
+            "u@/db?application_name=mine&connect_timeout=3&host=%2Ftmp%2Fs&port=5433",
+        ),
+    ],
+)
+def test_a_url_is_shown_with_no_secret_and_with_all_that_says_where_it_leads(given: str, shown: str) -> None:
+    assert shown_url(parse_url(f"postgresql://{given}")) == f"postgresql://{shown}"
+
+
+@pytest.mark.parametrize("given", ["u:hun@ter2@127.0.0.1:1/db", "u:hun@t/er2@127.0.0.1:1/db", "u:hunter2"])
+def test_a_password_that_cannot_be_told_from_the_host_is_refused_and_never_repeated(given: str) -> None:
+    with pytest.raises(DatabaseUnavailable, match="cannot be read") as refusal:
+        parse_url(f"postgresql://{given}")
+    assert "ter2" not in "".join(traceback.format_exception(refusal.value)).replace(given, "")
+    assert "%40" in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["password=hunter2", "pasword=hunter2", "sslpassword=hunter2", "gssdelegation=hunter2", "sslsni=hunter2"],
+)
+def test_neither_the_url_nor_the_complaint_about_it_shows_the_value_of_an_option(option: str) -> None:
+    with pytest.raises(DatabaseUnavailable, match="cannot be reached") as refusal:
+        open_engine(f"postgresql://u@127.0.0.1:1/db?{option}")
+    assert f"?{option.partition('=')[0]}=***" in refusal.value.message
+    # Dagster's event log keeps the causes as well.
+    assert "hunter2" not in refusal.value.message
+    assert refusal.value.__suppress_context__
+    assert refusal.value.__cause__ is None
+
+
+def test_what_the_server_says_of_an_option_does_not_repeat_it(server: EmbeddedServer) -> None:
+    with pytest.raises(DatabaseUnavailable, match="cannot be reached") as refusal:
+        open_engine(server.url.update_query_dict({"options": "-cwork_mem=hunter2"}))
+    assert 'invalid value for parameter "work_mem": "***"' in refusal.value.message
 
 
 def test_a_database_that_does_not_exist_is_named(server: EmbeddedServer) -> None:

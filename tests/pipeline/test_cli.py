@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -170,8 +171,12 @@ def test_the_schema_equals_the_declared_one_and_an_upgrade_changes_nothing(flywh
     assert flywheel("db", "check").code == 0
     assert flywheel("db", "upgrade", "--json").json == {"changes": []}
     assert "nothing changed" in flywheel("db", "upgrade").out
-    url = flywheel("db", "url")
-    assert url.out.startswith("postgresql")
+    given = os.environ["FLYWHEEL_DATABASE_URL"]
+    os.environ["FLYWHEEL_DATABASE_URL"] = f"{given}&password=hunter2"
+    assert flywheel("db", "url").out.startswith("postgresql://flywheel")
+    assert "password=***" in flywheel("db", "url").out
+    assert "password=hunter2" in flywheel("db", "url", "--show-password").out
+    os.environ["FLYWHEEL_DATABASE_URL"] = given
     environment = flywheel("db", "env")
     assert "export DAGSTER_HOME=" in environment.out
     assert environment.code == 0
