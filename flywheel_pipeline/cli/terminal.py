@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 # C0 but tab and newline, DEL, C1, and what turns the direction of text: a terminal obeys them (title, clipboard, erased lines).
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class SafeConsole(Console):
@@ -50,8 +50,9 @@ def _plain(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document to standard output."""
-    out.file.write(json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    """Print one JSON document to standard output; what a terminal would obey stands in it as JSON's own escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    out.file.write(_OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def percent(rate: float | None) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from graph_runs import Environment, Flywheel
 from rich.markup import escape
 from rich.tree import Tree
 
 from flywheel_pipeline.cli import terminal
-from flywheel_pipeline.cli.terminal import SafeConsole, print_table
+from flywheel_pipeline.cli.terminal import SafeConsole, print_json, print_table
 
 HOSTILE = [
     "\x1b]0;your bank\x07",  # the window's title
@@ -21,6 +25,7 @@ HOSTILE = [
     "a\x08\x08b",
     "gpj.\u202eexe",
     "\u2066left\u2069",
+    "\u061cright",
 ]
 #: Rich's own styles: colours, bold, links. Everything else that begins with ESC came from the text.
 OWN = re.compile(r"\x1b\[[0-9;]*m")
@@ -45,6 +50,34 @@ def test_no_control_character_of_a_text_reaches_the_terminal(text: str, monkeypa
     plain = OWN.sub("", written.getvalue())
     assert all(character.isprintable() or character == "\n" for character in plain), repr(plain)
     assert OWN.search(written.getvalue())  # and our own styles are still there
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_json_sends_no_control_character_either_and_is_read_as_the_same_value(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, written = shown(monkeypatch)
+    value = {f"host {text}": [text, f'Zürich \t\n"{text}\\']}
+    print_json(value)
+    plain = written.getvalue()
+    assert all(character.isprintable() or character == "\n" for character in plain), repr(plain)
+    assert json.loads(plain) == value
+    assert "Zürich" in plain
+
+
+def test_a_hostile_row_of_a_command_is_escaped_in_its_json(
+    run_command: Flywheel, engine: sa.Engine, environment: Environment, tmp_path: Path
+) -> None:
+    host = "".join(HOSTILE)
+    file = tmp_path / "posts.ndjson"
+    file.write_text(json.dumps({"site_id": "clinic", "hostname": host}, ensure_ascii=False) + "\n", "utf-8")
+    with environment(engine, tmp_path / "home"):
+        assert run_command("import", file).code == 5
+        with engine.begin() as connection:  # as an appliance may word it
+            connection.execute(sa.text("UPDATE telemetry_rejects SET reason = :said"), {"said": f"unknown {host}"})
+        answer = run_command("rejects", "list", "--json")
+    assert all(character.isprintable() or character == "\n" for character in answer.out), repr(answer.out)
+    assert [row["reason"] for row in json.loads(answer.out)] == [f"unknown {host}"]
 
 
 def test_an_escape_is_shown_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
