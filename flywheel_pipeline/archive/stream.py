@@ -32,6 +32,7 @@ from sqlalchemy import URL
 
 from flywheel_pipeline.archive.columns import DAY, rows_query, schema
 from flywheel_pipeline.archive.layout import Table
+from flywheel_pipeline.database.engine import libpq_url
 from flywheel_pipeline.errors import DatabaseUnavailable
 
 #: Of a batch as the driver hands it over. Smaller ones cost nothing measurable, larger ones memory.
@@ -47,7 +48,7 @@ def snapshot_reader(url: URL, snapshot: str) -> Iterator[Any]:
         DatabaseUnavailable: the connection failed, at once or in between.
     """
     try:
-        with adbc.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
+        with adbc.connect(libpq_url(url)) as connection:
             with connection.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
                 cursor.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)).as_string(None))

@@ -84,11 +84,10 @@ def url(
     ),
 ) -> None:
     """Print the URL of the database in use, without its secrets, starting the embedded server if need be."""
-    from flywheel_pipeline.database.engine import resolve_url, shown_url
+    from flywheel_pipeline.database.engine import libpq_url, resolve_url, shown_url
 
     found = resolve_url()
-    whole = found.set(drivername="postgresql").render_as_string(hide_password=False)
-    out.file.write((whole if show_password else shown_url(found)) + "\n")
+    out.file.write((libpq_url(found) if show_password else shown_url(found)) + "\n")
 
 
 @app.command()

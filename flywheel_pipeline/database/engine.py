@@ -118,6 +118,11 @@ def parse_url(text: str) -> URL:
     return url.set(drivername=DRIVER)
 
 
+def libpq_url(url: URL) -> str:
+    """The whole URL without a driver, as psql and all of libpq take it. It holds the password: hand it on, never show it."""
+    return url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
 def shown_url(url: URL) -> str:
     """Return the URL as people and logs may see it: without driver, and `***` for the password and for most options.
 

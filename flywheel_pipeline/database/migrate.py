@@ -130,8 +130,8 @@ def _apply(engine: Engine, steps: Iterable[Step], progress: Progress | None, loc
 
 
 def installation(connection: Connection) -> Iterator[str]:
-    """Install what stands on the tables, within the caller's transaction: routines, SQL models, seeds, roles; yield each change."""
-    for step in (_apply_routines, declared.sync_relations, declared.fill_models, seed.apply_seeds, roles.apply_roles):
+    """Install what stands on the tables, within the caller's transaction: routines, SQL models, roles, seeds; yield each change."""
+    for step in (*_CATALOGUE, *_ROWS):
         yield from step(connection)
 
 
@@ -177,8 +177,11 @@ def _apply_routines(connection: Connection) -> Iterator[str]:
     )
 
 
+# What stands on the tables: first what writers wait for, then what reads their rows.
+_CATALOGUE: Final[tuple[Step, ...]] = (_apply_routines, declared.sync_relations, roles.apply_roles)
+_ROWS: Final[tuple[Step, ...]] = (declared.fill_models, seed.apply_seeds)
 #: Each a transaction. What writers wait for comes first and reads no telemetry, so that it takes no longer for more rows.
 PARTS: Final[tuple[tuple[Step, ...], ...]] = (
-    (create_dagster_schema, _migrate, _apply_routines, declared.sync_relations, roles.apply_roles),
-    (declared.fill_models, seed.apply_seeds),
+    (create_dagster_schema, _migrate, *_CATALOGUE),
+    _ROWS,
 )

@@ -12,6 +12,7 @@ import psycopg
 import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.refresh import pending_cells
+from flywheel_pipeline.database.engine import libpq_url
 from flywheel_pipeline.database.life import gives_sign
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.database.settings import get_settings
@@ -81,8 +82,7 @@ def waiting_work(engine: sa.Engine) -> tuple[int, int]:
 def wait_for_work(engine: sa.Engine, seconds: float) -> tuple[int, int]:
     """Return (waiting site-days, waiting human acts) as soon as there are any, or (0, 0) after `seconds`."""
     deadline = time.monotonic() + seconds
-    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, autocommit=True) as listener:
+    with psycopg.connect(libpq_url(engine.url), autocommit=True) as listener:
         listener.execute("LISTEN flywheel_telemetry")
         while True:
             # Asked after LISTEN, so that a commit between the two cannot be missed.

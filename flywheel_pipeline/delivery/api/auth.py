@@ -13,7 +13,7 @@ import psycopg
 from starlette.requests import Request
 
 from flywheel_pipeline.database.roles import AGENT_API
-from flywheel_pipeline.delivery.api.connections import speak_for
+from flywheel_pipeline.delivery.api.connections import speaking_for
 from flywheel_pipeline.delivery.api.problems import Problem
 from flywheel_pipeline.delivery.tokens import Caller, TokenRefused, authenticate, authenticate_and_ask, check_in
 
@@ -61,8 +61,7 @@ def caller_and_answer(connection: psycopg.Connection[Any], token: str, question:
 
 def _check_in_if_due(connection: psycopg.Connection[Any], caller: Caller) -> None:
     if caller.checkin_due:
-        with connection.pipeline(), connection.transaction():
-            speak_for(connection, caller)
+        with speaking_for(connection, caller):
             check_in(connection, caller.appliance_id)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -44,6 +45,14 @@ def speak_for(connection: psycopg.Connection[Any], caller: Caller) -> None:
     Every statement that an appliance's request makes runs behind this, but for the look-up of its token, which precedes it.
     """
     connection.execute(_SPEAK, (caller.site_id, caller.appliance_id, AGENT_API))
+
+
+@contextmanager
+def speaking_for(connection: psycopg.Connection[Any], caller: Caller) -> Iterator[None]:
+    """A transaction of the appliance on an autocommit connection; sent at once, so it costs no more round trips than its queries."""
+    with connection.pipeline(), connection.transaction():
+        speak_for(connection, caller)
+        yield
 
 
 class Connections:

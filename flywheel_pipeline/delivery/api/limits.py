@@ -7,7 +7,6 @@ appliance is therefore divided by the number of workers, among which connections
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter, OrderedDict
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flywheel_pipeline.delivery.api.problems import busy
+from flywheel_pipeline.delivery.tokens import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Rates:
         self._rows = Buckets(rows, max(rows * 10, 1.0))
         self._bytes = Buckets(size, max(size * 10, 1.0))
         self._refusals = Buckets(refusals, max(refusals * 10, 1.0))
-        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()
 
     def request(self, appliance_id: str) -> None:
         """Count a request. Raises Problem (429) above the rate."""
@@ -145,22 +145,18 @@ class Rates:
         Raises:
             Problem: 429.
         """
-        if (wait := self._refusals.wait(address)) and _fingerprint(token) not in self._known:
+        if (wait := self._refusals.wait(address)) and digest(token) not in self._known:
             raise busy("too_many_refusals", "Too many tokens from this address did not hold.", math.ceil(wait))
 
     def refused(self, address: str, token: str) -> None:
         """Count a token that did not hold."""
-        self._known.pop(_fingerprint(token), None)
+        self._known.pop(digest(token), None)
         self._refusals.take(address)
 
     def held(self, token: str) -> None:
         """Remember a token that held; what it may do is asked anew each time."""
-        fingerprint = _fingerprint(token)
-        self._known[fingerprint] = None
-        self._known.move_to_end(fingerprint)
+        hashed = digest(token)
+        self._known[hashed] = None
+        self._known.move_to_end(hashed)
         if len(self._known) > self._KNOWN:
             self._known.popitem(last=False)
-
-
-def _fingerprint(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()

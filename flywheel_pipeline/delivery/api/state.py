@@ -1,6 +1,7 @@
 """What one worker of the API holds, and the few steps that every handler begins with.
 
-Belongs here: connections, limits, and the order address -> token -> rate -> site; what is refused counts as well. Does not belong here: any endpoint.
+Belongs here: connections, limits, and the order address -> token -> rate -> site; what is refused counts as well. Does
+not belong here: any endpoint.
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ async def admit(request: Request) -> Caller:
     Raises:
         Problem: 401, 403, 429, or 503.
     """
-    token = bearer_token(request)
-    caller, _ = await _admit(request, token, lambda connection: (caller_of(connection, token), None))
+    caller, _ = await _admit(request, lambda connection, token: (caller_of(connection, token), None))
     return caller
 
 
@@ -69,26 +69,20 @@ async def admit_asking(
     Raises:
         Problem: as `admit`.
     """
-    token = bearer_token(request)
-    return await _admit(
-        request,
-        token,
-        lambda connection: caller_and_answer(connection, token, question),
-        then,
-    )
+    return await _admit(request, lambda connection, token: caller_and_answer(connection, token, question), then)
 
 
 async def _admit(
     request: Request,
-    token: str,
-    who: Callable[[psycopg.Connection[Any]], tuple[Caller, Any]],
+    who: Callable[[psycopg.Connection[Any], str], tuple[Caller, Any]],
     then: Callable[[psycopg.Connection[Any], Caller, Any], Any] = lambda _connection, _caller, _answer: None,
 ) -> tuple[Caller, Any]:
+    token = bearer_token(request)
     query = request.query_params
     sites, appliances = query.getlist("site_id"), query.getlist("appliance_id")
 
     def work(connection: psycopg.Connection[Any]) -> tuple[Caller, Any]:
-        caller, answer = who(connection)
+        caller, answer = who(connection, token)
         try:
             require_own(caller, sites, appliances)
         except Problem as foreign:

@@ -22,7 +22,7 @@ from psycopg.rows import namedtuple_row
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flywheel_pipeline.delivery.api.connections import speak_for
+from flywheel_pipeline.delivery.api.connections import speaking_for
 from flywheel_pipeline.delivery.api.problems import Problem
 from flywheel_pipeline.delivery.api.state import admit_asking, worker_of
 from flywheel_pipeline.delivery.publish import take_commands
@@ -164,14 +164,11 @@ def _read(
             return head, None
         body = _BODIES.get(head.tag)
         if body is None:
-            # Sent at once: a transaction costs no more round trips than its query alone.
-            with connection.pipeline(), connection.transaction():
-                speak_for(connection, caller)
+            with speaking_for(connection, caller):
                 body = _made(connection, head)
         if body is not None:
             return head, body
-        with connection.pipeline(), connection.transaction():
-            speak_for(connection, caller)
+        with speaking_for(connection, caller):
             answer = connection.cursor(row_factory=namedtuple_row).execute(_HEAD).fetchone()
     # Three manifests were replaced between two queries each: the next sync finds a calmer moment.
     raise Problem(
