@@ -1,9 +1,19 @@
-"""The soak, bounded: one fault of each kind that needs no daemon, under writers and pipelines."""
+"""The soak, bounded: one fault of each kind that needs no daemon, under writers and pipelines; and what it excuses."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import dagster as dg
 import pytest
 import soak
+import sqlalchemy as sa
+from fault_lab import refresh_once
+from telemetry_rows import insert, row
+
+from flywheel_pipeline.build import PIPELINE_JOB, build_defs
+from flywheel_pipeline.database.resource import FlywheelDatabase
+from flywheel_pipeline.sql_models.loader import load_models
 
 
 @pytest.mark.timeout(300)
@@ -21,3 +31,62 @@ def test_a_short_soak_loses_nothing_and_counts_nothing_twice() -> None:
     assert report.corrections > 0
     assert report.rejected > 0
     assert sum(report.runs.values()) > 0
+
+
+def run_of_the_pipeline(engine: sa.Engine) -> dict[str, Any]:
+    url = engine.url.render_as_string(hide_password=False)
+    job = build_defs(resources={"database": FlywheelDatabase(url=url)}).resolve_job_def(PIPELINE_JOB)
+    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+    with dg.DagsterInstance.ephemeral() as instance:
+        return soak.outcome(job.execute_in_process(instance=instance, raise_on_error=False, run_config=quiet))
+
+
+def test_counters_that_differ_from_the_recount_are_a_failure_of_the_soak(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        insert(connection, [row()])
+    refresh_once(engine, load_models())
+    with engine.begin() as connection:
+        changed = connection.exec_driver_sql("UPDATE rule_site_stats SET executions = executions + 1").rowcount
+    assert changed == 1
+    said = run_of_the_pipeline(engine)
+    assert "aggregates_checks" in {step for step, _, _ in said["failures"]}
+    assert [line for line in soak.unexcused(said) if line.startswith("check counters_equal_recount: ")]
+
+
+def test_telemetry_that_a_jumping_clock_makes_stale_is_excused(engine: sa.Engine) -> None:
+    said = run_of_the_pipeline(engine)  # none came yet
+    assert [name for name, _ in said["checks"]] == ["telemetry_freshness"]
+    assert said["failures"]
+    assert soak.unexcused(said) == []
+
+
+HELD = "dagster._core.definitions.events.Failure: 2 promotions are held: "
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "excused"),
+    [
+        ("OperationalError", "connection is bad", True),
+        ("ProgrammingError", "terminating connection due to administrator command", True),
+        ("ProgrammingError", "column does not exist", False),
+        ("Failure", HELD + "batch 6 refreshed the aggregates after this batch did; it decides on its own.", True),
+        (
+            "Failure",
+            HELD + "the batch did not pass its gates: counters_equal_recount error, success_floor missing.",
+            True,
+        ),
+        ("Failure", HELD + "the batch did not pass its gates: telemetry_freshness fail.", True),
+        ("Failure", HELD + "the batch did not pass its gates: counters_equal_recount fail.", False),
+        ("Failure", HELD + "the batch did not pass its gates: telemetry_freshness fail, success_floor fail.", False),
+        ("Failure", "terminating connection due to administrator command", False),
+        ("DagsterAssetCheckFailedError", "terminating connection due to administrator command", False),
+    ],
+)
+def test_a_failed_step_is_excused_by_what_it_failed_of(name: str, message: str, excused: bool) -> None:
+    said = {"success": False, "failures": [["a step", name, message]], "checks": []}
+    assert (soak.unexcused(said) == []) is excused
+
+
+def test_no_sentence_excuses_a_failed_check() -> None:
+    said = {"success": False, "failures": [], "checks": [["registry_equals_ledger", "deadlock detected"]]}
+    assert soak.unexcused(said) == ["check registry_equals_ledger: deadlock detected"]
