@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -338,10 +339,14 @@ def test_an_adoption_waits_for_writers_and_none_of_their_rows_is_missed(old: sa.
             "INSERT INTO execution_telemetry (execution_id, site_id, appliance_id, runbook_id, hostname, status, success, "
             "resolution_level) VALUES ('late-1', 's', 'a', 'RB-AUTO-FIREWALL', 'h', 'success', true, 'L1')"
         )
+        pid = writer.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         thread = threading.Thread(target=adopt.apply, args=(old,), kwargs={"actor": "Dana", "reason": "now"})
         thread.start()
-        thread.join(1.0)
-        assert thread.is_alive()
+        deadline = time.monotonic() + 60
+        while not one(old, f"SELECT count(*) FROM pg_stat_activity WHERE {pid} = ANY (pg_blocking_pids(pid))"):
+            assert thread.is_alive(), "it did not wait for the writer"
+            assert time.monotonic() < deadline, "it never came to where it waits"
+            time.sleep(0.05)
         writer.commit()
     thread.join()
     assert by_key(old_system.rows(old, "l1_rules"), "rule_id")["RB-AUTO-FIREWALL"]["match_count"] == expected

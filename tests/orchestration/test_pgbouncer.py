@@ -5,6 +5,7 @@ deploy/README.md says the same in words. Each test here is the evidence for a se
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import shutil
 import socket
@@ -31,6 +32,14 @@ pytestmark = pytest.mark.skipif(
 WHO_AM_I = "SELECT flywheel_session_appliance() AS appliance"
 
 
+def loaded_at(engine: sa.Engine) -> dt.datetime:
+    """When the postmaster last read its configuration, the names of users included: a new session inherits it."""
+    with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as fresh:
+        (at,) = fresh.execute("SELECT pg_conf_load_time()").fetchone() or (None,)
+        assert isinstance(at, dt.datetime)
+        return at
+
+
 class Bouncer:
     """One PgBouncer before one database, pooling transactions over two server connections."""
 
@@ -54,10 +63,13 @@ class Bouncer:
             user = ["-u", UNPRIVILEGED_USERS[0]]
             with (server.data / "pg_ident.conf").open("a") as idents:
                 idents.write(f'flywheel "{UNPRIVILEGED_USERS[0]}" flywheel\n')
+            before = loaded_at(engine)
             with engine.connect() as connection:
                 connection.exec_driver_sql("SELECT pg_reload_conf()")
-            # PostgreSQL reads it within milliseconds, and PgBouncer asks only when somebody comes.
-            time.sleep(0.5)
+            deadline = time.monotonic() + 30
+            while loaded_at(engine) == before:
+                assert time.monotonic() < deadline, "PostgreSQL does not read its configuration again"
+                time.sleep(0.02)
         self.process = subprocess.Popen(
             [PGBOUNCER, *user, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
         )
