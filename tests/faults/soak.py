@@ -189,6 +189,16 @@ def outcome(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
     return {"success": result.success, "failures": failures, "checks": checks}
 
 
+def failed_checks(connection: sa.Connection) -> list[list[str]]:
+    """The failed checks [name, sentence] of all runs in Dagster's storage, which are a daemon's."""
+    events = connection.exec_driver_sql(
+        "SELECT evaluation_event FROM dagster.asset_check_executions WHERE execution_status = 'FAILED'"
+    ).scalars()
+    entries = [deserialize_value(event, dg.EventLogEntry) for event in events]
+    found = [_failed_check(entry.get_dagster_event().asset_check_evaluation_data) for entry in entries]
+    return [said for said in found if said]
+
+
 def _failed_check(evaluation: dg.AssetCheckEvaluation) -> list[str] | None:
     if evaluation.passed or evaluation.severity is not dg.AssetCheckSeverity.ERROR:
         return None
@@ -702,16 +712,7 @@ class Soak:
                     "SELECT lower(status), count(*) FROM dagster.runs GROUP BY 1"
                 ):
                     self.report.runs[f"daemon's {status}"] = runs
-                events = connection.exec_driver_sql(
-                    "SELECT evaluation_event FROM dagster.asset_check_executions WHERE execution_status = 'FAILED'"
-                ).scalars()
-                said = [
-                    _failed_check(
-                        deserialize_value(event, dg.EventLogEntry).get_dagster_event().asset_check_evaluation_data
-                    )
-                    for event in events
-                ]
-                self._count({"failures": [], "checks": [check for check in said if check]})
+                self._count({"failures": [], "checks": failed_checks(connection)})
         self.report.retries = sum(writer.retries for writer in self.writers)
         for record in self.place.glob("pipeline-*.log"):
             for line in record.read_text().splitlines():
