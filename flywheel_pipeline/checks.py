@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.aggregates.batches import Batch, open_batch
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.quality import Finding, record_error, record_verdict
-from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table
+from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table, unlinked
 
 LONGEST_CELL = 400  # of a sample: three error templates of a failing rule
 
@@ -59,8 +59,8 @@ def to_result(check: Check, finding: Finding) -> dg.AssetCheckResult:
         asset_key=check.asset,
         check_name=check.name,
         severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
-        # The page renders this as markdown, which would swallow masks such as <hex> and make links of `[x](y)`.
-        description=finding.sentence.replace("<", "‹").replace(">", "›").replace("](", "] ("),
+        # The page renders this as Markdown, which would swallow masks such as <hex> and make links.
+        description=unlinked(finding.sentence),
         metadata={key: as_metadata(value) for key, value in metadata.items() if value is not None},
     )
 
@@ -95,7 +95,7 @@ def check_step(name: str, checks: list[Check]) -> dg.AssetChecksDefinition:
             if check.gate:
                 with engine.begin() as connection:
                     record_verdict(connection, batch.batch_id, check.name, finding)
-            context.log.info(f"{check.name}: {'pass' if finding.passed else 'FAIL'}. {finding.sentence}")
+            context.log.info(f"{check.name}: {'pass' if finding.passed else 'FAIL'}. {unlinked(finding.sentence)}")
             yield to_result(check, finding)
 
     return step

@@ -15,7 +15,7 @@ from flywheel_pipeline.promotion.apply import apply_promotions
 from flywheel_pipeline.promotion.decide import decide_patterns
 from flywheel_pipeline.promotion.funnel import plot_funnel, read_funnel
 from flywheel_pipeline.sql_models.assets import PREVIEW_ROWS, relation_metadata, table_metadata
-from flywheel_pipeline.sql_models.metadata import markdown_table
+from flywheel_pipeline.sql_models.metadata import markdown_table, unlinked
 
 OWNER = ["team:data-platform"]
 NEWEST_DECISIONS = ("decision_id", "decided_at", "subject_kind", "subject_id", "verdict", "reason")
@@ -106,7 +106,7 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
         batch = open_batch(connection, context.run.run_id)
         applied = apply_promotions(connection, batch)
     for subject, why in applied.held:
-        context.log.warning(f"Held: {subject}: {why}.")
+        context.log.warning(unlinked(f"Held: {subject}: {why}."))
     with database.engine.connect() as connection:
         events = relation_metadata(connection, "rule_events", NEWEST_EVENTS, newest_by=("event_id",))
         counts = connection.execute(
@@ -159,7 +159,7 @@ def apply(context: dg.AssetExecutionContext, database: FlywheelDatabase) -> Iter
     )
     if applied.gates_unmet:
         raise dg.Failure(
-            description=f"{len(applied.held)} promotions are held: {applied.held[0][1]}.",
+            description=unlinked(f"{len(applied.held)} promotions are held: {applied.held[0][1]}."),
             metadata={"held": dg.MetadataValue.md(markdown_table([{"subject": s, "why": w} for s, w in applied.held]))},
             allow_retries=False,
         )

@@ -8,6 +8,7 @@ from pydantic import Field
 from flywheel_pipeline.database.resource import FlywheelDatabase
 from flywheel_pipeline.errors import FlywheelError
 from flywheel_pipeline.promotion.acts import Act, act, scope_of
+from flywheel_pipeline.sql_models.metadata import unlinked
 
 ACTS: dict[str, str] = {
     "approve": "Approves patterns by name; the next run's gates read it. Subjects: pattern keys.",
@@ -75,10 +76,11 @@ def _act(
     except FlywheelError as error:
         raise dg.Failure(description=f"{error.message} {error.hint or ''}".strip(), allow_retries=False) from None
     for report in reports:
-        context.log.info(f"{report.subject}: {report.message}")
+        context.log.info(unlinked(f"{report.subject}: {report.message}"))
     refused = [report for report in reports if not report.done]
     if refused:
-        raise dg.Failure(description="; ".join(f"{r.subject}: {r.message}" for r in refused), allow_retries=False)
+        said = "; ".join(f"{report.subject}: {report.message}" for report in refused)
+        raise dg.Failure(description=unlinked(said), allow_retries=False)
 
 
 def _human_job(name: str, description: str) -> dg.JobDefinition:

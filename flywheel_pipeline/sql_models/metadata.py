@@ -13,6 +13,7 @@ import enum
 import io
 import math
 import pathlib
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _LONGEST_CELL = 120
 # What telemetry reports is text, never a link, an image or a style of the page that shows it.
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*[|"} | {"<": "&lt;", "&": "&amp;"})
+# What GitHub's Markdown, and with it Dagster's UI, makes a link of without any markup.
+_AUTOLINK = re.compile(r"://|@|(?<=www)\.", re.IGNORECASE)
+_LOOKALIKES = {"://": ":⁄⁄", "@": "＠", ".": "․"}
 
 
 def as_metadata(value: object) -> Any:
@@ -121,8 +125,22 @@ def _cell(value: Any, longest: int) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as Markdown that shows it as it is: `<n>` is no HTML, `[x](y)` no link, a bar ends no cell."""
-    return text.translate(_MARKDOWN)
+    """Text as Markdown that shows it as it is: `<n>` is no HTML, `[x](y)` no link, a bar ends no cell, no address a link.
+
+    The UI looks for addresses in the source, and once more in the text that came of it: no escape or entity hides one.
+    An empty comment parts the text in two, and is not shown.
+    """
+    return _AUTOLINK.sub(lambda found: f"<!-- -->{found[0]}", text.translate(_MARKDOWN))
+
+
+def unlinked(text: str) -> str:
+    """A sentence for wherever it may be shown: no HTML, link or address is one in a page, a log or a terminal.
+
+    Signs that look alike stand for those that would make it one: Dagster's UI renders descriptions as Markdown and looks for
+    addresses in log lines, and a terminal shows the same sentence as it is.
+    """
+    plain = text.replace("<", "‹").replace(">", "›").replace("](", "] (")
+    return _AUTOLINK.sub(lambda found: _LOOKALIKES[found[0]], plain)
 
 
 def png_uri(figure: Figure, longest: int) -> str:

@@ -6,13 +6,17 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dagster as dg
 import pytest
 from graph_runs import Environment, PlayedDay
 
 from flywheel_pipeline.database.settings import Settings
+from flywheel_pipeline.run import dagster_instance
 from flywheel_pipeline.serve import Services, start
+from flywheel_pipeline.sql_models.metadata import markdown_table, unlinked
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -210,6 +214,30 @@ def test_an_asset_page_shows_what_it_is_whose_and_how_it_is_made(ui: Services, b
 def test_the_launchpad_of_a_human_act_asks_for_actor_and_reason(ui: Services, browser: Chrome) -> None:
     browser.get(f"{ui.url}/locations/{LOCATION}/jobs/human_quarantine/playground")
     wait_for_text(browser, "quarantine_act", "actor", "reason")
+
+
+def test_an_address_that_an_appliance_reports_is_text_in_the_ui(
+    ui: Services, browser: Chrome, played: PlayedDay, environment: Environment, tmp_path: Path
+) -> None:
+    hostile = ["https://evil.example/pay", "www.evil.example", "dana@evil.example", "see <b>http://evil.example</b>"]
+    with environment(played.engine, tmp_path / "home"), dagster_instance(played.engine.url) as instance:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                "reported_addresses",  # of no asset of the graph: the played day stays as it is
+                description=unlinked(f"Reported: {', '.join(hostile)}"),
+                metadata={
+                    "errors": dg.MetadataValue.md(
+                        markdown_table([{"error": text} for text in hostile]) + "\n\nhttps://control.example/"
+                    )
+                },
+            )
+        )
+    browser.get(f"{ui.url}/assets/reported_addresses?view=events")
+    shown = wait_for_text(browser, "Reported: ", "https://control.example/")
+    links = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
+    assert "https://control.example/" in links  # the page does make links of addresses
+    assert [link for link in links if "evil" in link] == []
+    assert [text for text in hostile if text not in shown] == []
 
 
 def test_no_page_logs_an_error_in_the_browser(ui: Services, browser: Chrome) -> None:

@@ -8,6 +8,7 @@ import enum
 import json
 import math
 import pathlib
+import re
 import uuid
 from decimal import Decimal
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table
+from flywheel_pipeline.sql_models.metadata import as_metadata, markdown_table, unlinked
 
 
 class Colour(enum.StrEnum):
@@ -127,13 +128,59 @@ def test_a_table_without_rows_says_so() -> None:
     ],
 )
 def test_hostile_text_in_a_cell_is_shown_as_it_is(text: str) -> None:
-    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
-    found: list[str] = []
-    page = HTMLParser(convert_charrefs=True)
-    page.handle_starttag = lambda tag, _: found.append(tag)  # type: ignore[method-assign]
-    words: list[str] = []
-    page.handle_data = words.append  # type: ignore[method-assign]
-    page.feed(reader.render(markdown_table([{"error": text}])))
-    page.close()
+    found, words = rendered(markdown_table([{"error": text}]))
     assert found == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
     assert text in "".join(words)
+
+
+#: What micromark-extension-gfm-autolink-literal and mdast-util-gfm-autolink-literal make a link of, the first in the
+#: source, the second in every text that came of it, once entities and escapes are resolved; and Dagster's log its lines.
+AUTOLINK = re.compile(r"[a-z]+://[-.\w]|www\.[-.\w]|[-.\w+]@[-\w]", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://evil.example/pay?now=1#x",
+        "HTTP://EVIL.EXAMPLE",
+        "ftp://evil.example",
+        "http://10.2.3.1",
+        "www.evil.example",
+        "see:(WwW.evil.example)",
+        "a.b+c@evil.example",
+        "mailto:a@evil.example and xmpp:a@evil.example/x",
+        "a@b@evil.example",
+        "https\\://evil.example",
+        "https&#58;//evil.example",
+        "www&period;evil.example",
+        "https://www.a@evil.example",
+    ],
+)
+def test_an_address_in_a_text_is_shown_and_is_no_link(text: str) -> None:
+    table = markdown_table([{"error": text}])
+    found, words = rendered(table)
+    assert found == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
+    assert text in "".join(words)
+    assert [part for part in (table, *words) if AUTOLINK.search(part)] == []
+    assert not AUTOLINK.search(unlinked(text))
+    assert len(unlinked(text)) == len(text)
+
+
+def test_a_sentence_without_addresses_reads_as_it_is() -> None:
+    sentence = (
+        "RB-AUTO-BITLOCKE succeeded in 917 of 3,057 executions (30.0 %); the www is not concerned. See `flywheel why`."
+    )
+    assert unlinked(sentence) == sentence
+    assert unlinked("<hex> in [x](y)") == "‹hex› in [x] (y)"
+
+
+def rendered(markdown: str) -> tuple[list[str], list[str]]:
+    """Tags and texts of the page that Markdown makes."""
+    found: list[str] = []
+    words: list[str] = []
+    page = HTMLParser(convert_charrefs=True)
+    page.handle_starttag = lambda tag, _: found.append(tag)  # type: ignore[method-assign]
+    page.handle_data = words.append  # type: ignore[method-assign]
+    page.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown))
+    page.close()
+    return found, words
