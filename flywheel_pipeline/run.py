@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from dagster._core.storage.tags import REPOSITORY_LABEL_TAG
 
 from flywheel_pipeline.database.dagster_home import dagster_environment, write_dagster_home
+from flywheel_pipeline.database.roles import DAGSTER_SCHEMA
 from flywheel_pipeline.database.settings import Settings, get_settings
 
 
@@ -53,6 +54,20 @@ def dagster_instance(url: sa.URL, settings: Settings | None = None) -> Iterator[
         # Dagster's storage opens a connection for each of some 800 statements of a run, unless it is told to keep one.
         instance.optimize_for_webserver(statement_timeout=0, pool_recycle=3_600, max_overflow=20)
         yield instance
+
+
+def runs_are_readable(connection: sa.Connection) -> bool:
+    """Say whether this login may open Dagster's storage: read all its tables, or make them where there are none yet."""
+    return bool(
+        connection.execute(
+            sa.text(
+                "SELECT has_schema_privilege(n.oid, 'USAGE') AND (has_schema_privilege(n.oid, 'CREATE') OR "
+                "(SELECT bool_and(has_table_privilege(c.oid, 'SELECT')) FROM pg_class AS c "
+                "WHERE c.relnamespace = n.oid AND c.relkind IN ('r', 'p'))) FROM pg_namespace AS n WHERE n.nspname = :schema"
+            ),
+            {"schema": DAGSTER_SCHEMA},
+        ).scalar_one_or_none()
+    )
 
 
 def run_pipeline(

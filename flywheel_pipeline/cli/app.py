@@ -7,6 +7,7 @@ Exit codes: 0 done · 1 failed or a figure is off · 2 usage · 3 database · 4 
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -78,16 +79,28 @@ app.add_typer(docs.app, name="docs")
 
 
 def main() -> None:
-    """Run the command line; a FlywheelError becomes one sentence, a hint and its exit code."""
+    """Run the command line; a FlywheelError, or a right that the login lacks, becomes one sentence, a hint and its exit code."""
     try:
         app(prog_name="flywheel")
     except FlywheelError as error:
-        err.print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
-        if error.hint:
-            err.print(_escaped(error.hint), soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(error)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        from flywheel_pipeline.database.engine import login_in_use
+        from flywheel_pipeline.database.refusals import refused
+
+        refusal = refused(error, login_in_use())
+        if refusal is None:
+            raise
+        _end(refusal)
+
+
+def _end(error: FlywheelError) -> NoReturn:
+    err.print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True)
+    if error.hint:
+        err.print(_escaped(error.hint), soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 def _escaped(text: str) -> str:

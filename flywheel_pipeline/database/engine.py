@@ -7,6 +7,8 @@ a room.
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 from typing import Final
 from urllib.parse import quote_plus
@@ -84,6 +86,11 @@ def resolve_url(settings: Settings | None = None, *, start: bool = True) -> URL:
     if start:
         verify_server(url)
     return url
+
+
+def login_in_use(settings: Settings | None = None) -> str:
+    """Return the name of the login, to be said of it; nothing is connected to."""
+    return resolve_url(settings, start=False).username or os.environ.get("PGUSER") or getpass.getuser()
 
 
 def parse_url(text: str) -> URL:

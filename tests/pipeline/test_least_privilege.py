@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import sqlalchemy as sa
-from graph_runs import Graph
+from graph_runs import Environment, Flywheel, Graph
 
 from flywheel_pipeline.database import roles
+from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.doctor import examine
 
 
@@ -40,3 +44,76 @@ def test_a_run_needs_no_more_than_the_role_of_the_pipeline_has(graph: Graph):
         connection.exec_driver_sql(f"SET ROLE {roles.READER}")
         with pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
             connection.exec_driver_sql("UPDATE execution_telemetry SET success = true")
+
+
+@pytest.fixture
+def as_reader(
+    run_command: Flywheel, engine: sa.Engine, reader_login: str, environment: Environment, tmp_path: Path
+) -> Iterator[Flywheel]:
+    """The command of somebody whose login has the reader's role and nothing else."""
+    login = open_engine(engine.url.set(username=reader_login))
+    with environment(login, tmp_path / "home"):
+        yield run_command
+    login.dispose()
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence", "hint"),
+    [
+        ("db check", "may not do this: permission denied for database", "connect as the owner of the tables"),
+        ("backup FILE", "may not do this: permission denied for table appliance_tokens", "No role sees the tokens"),
+        ("tokens list", "may not do this: permission denied for table appliance_tokens", "No role sees the tokens"),
+        (
+            "import POSTS",
+            "permission denied for table telemetry_rejects",
+            "to write it flywheel_intake or flywheel_pipeline: an administrator grants a role by `GRANT",
+        ),
+        (
+            "freeze --actor dana --reason tested",
+            "permission denied for table human_acts",
+            "to write it flywheel_pipeline",
+        ),
+        ("run", "may not use Dagster's storage", "GRANT flywheel_pipeline TO the_reader"),
+    ],
+)
+def test_what_a_login_may_not_do_is_one_sentence_with_the_role_that_may(
+    as_reader: Flywheel, reader_login: str, tmp_path: Path, command: str, sentence: str, hint: str
+) -> None:
+    posts = tmp_path / "posts.ndjson"
+    posts.write_text("{}\n", "utf-8")
+    answer = as_reader(*command.replace("FILE", str(tmp_path / "b.dump")).replace("POSTS", str(posts)).split())
+    assert (answer.code, answer.out) == (3, "")
+    said, *advice = answer.err.strip().splitlines()
+    assert said.startswith(f"Error: The login {reader_login} may not ")
+    assert sentence in said
+    assert hint in "".join(advice)
+    assert len(advice) == 1
+    assert "SELECT" not in answer.err  # and no SQL
+
+
+def test_the_status_of_a_reader_goes_without_the_runs_and_says_so(as_reader: Flywheel) -> None:
+    answer = as_reader("status", "--json")
+    assert answer.code == 0
+    assert answer.json["checks"] is None
+    assert answer.json["telemetry"]["rows"] == 0
+    plain = as_reader("status")
+    assert plain.code == 0
+    assert "Telemetry   0 rows" in plain.out
+    for told in (answer, plain):
+        assert told.err.strip() == (
+            "The runs, and with them the checks, are not readable by this login: flywheel_pipeline and the owner may."
+        )
+
+
+def test_a_login_that_was_granted_nothing_is_told_what_it_takes_to_read(
+    as_reader: Flywheel, engine: sa.Engine, reader_login: str
+) -> None:
+    with engine.begin() as connection:  # of this database alone
+        connection.exec_driver_sql(f"REVOKE SELECT ON schema_objects FROM {roles.READER}")
+    answer = as_reader("status")
+    assert answer.code == 3
+    assert "permission denied for table schema_objects" in answer.err
+    assert (
+        f"To read it takes flywheel_reader: an administrator grants a role by `GRANT flywheel_reader TO {reader_login}`"
+        in (answer.err)
+    )
