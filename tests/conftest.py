@@ -5,11 +5,13 @@ Belongs here: servers and databases. Does not belong here: rows of any room.
 
 from __future__ import annotations
 
+import getpass
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -20,6 +22,7 @@ from psycopg import sql
 from flywheel_pipeline.database import migrate
 from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
+from flywheel_pipeline.errors import DatabaseUnavailable
 
 _numbers = itertools.count(1)
 
@@ -89,6 +92,29 @@ def engine(server: EmbeddedServer, template_database: str) -> Iterator[sa.Engine
     yield fresh
     fresh.dispose()
     _administer(server, "DROP DATABASE {} WITH (FORCE)", name)
+
+
+@pytest.fixture(scope="session")
+def new_login(server: EmbeddedServer, template_database: str) -> Callable[..., str]:
+    """Function (name, *roles, options) of a new login of the server with these roles, and nothing else; returns the name."""
+
+    def create(name: str, *roles: str, options: str = "") -> str:
+        with (server.data / "pg_ident.conf").open("a") as identities:
+            identities.write(f'flywheel "{getpass.getuser()}" {name}\n')
+        _administer(server, f"CREATE ROLE {{}} LOGIN {options}", name)
+        for role in roles:
+            _administer(server, "GRANT {} TO {}", role, name)
+        _administer(server, "SELECT pg_reload_conf()")
+        deadline = time.monotonic() + 30
+        while True:  # the server reads its files again a moment later
+            try:
+                open_engine(server.url.set(database=template_database, username=name)).dispose()
+                return name
+            except DatabaseUnavailable:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    return create
 
 
 @pytest.fixture

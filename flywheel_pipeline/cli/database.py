@@ -15,17 +15,21 @@ app = typer.Typer(help="The database: schema, URL, embedded server.", no_args_is
 
 @app.command()
 def upgrade(json: bool = typer.Option(False, "--json", help="Print the changes as JSON.")) -> None:
-    """Bring the schema to this release: migrations, triggers, SQL models, seeds. A second run changes nothing."""
+    """Bring the schema to this release: migrations, triggers, SQL models, seeds, Dagster's tables. A second run changes nothing."""
+    from flywheel_pipeline.database.dagster_home import make_dagster_storage
     from flywheel_pipeline.database.migrate import upgrade as run
 
+    engine = open_database(upgraded=False)
     with progress("upgrading the schema"):
-        report = run(open_database(upgraded=False), progress=None)
+        changes = list(run(engine, progress=None).changes)
+        if make_dagster_storage(engine):
+            changes.append("the tables of Dagster")
     if json:
-        print_json({"changes": list(report.changes)})
-    elif report.changes:
-        for change in report.changes:
+        print_json({"changes": changes})
+    elif changes:
+        for change in changes:
             out.print(f"  {change}", markup=False)
-        out.print(f"{len(report.changes)} changes.")
+        out.print(f"{len(changes)} changes.")
     else:
         out.print("The schema is up to date; nothing changed.")
 

@@ -144,7 +144,8 @@ def _status(engine: sa.Engine) -> dict[str, Any]:
             found["checks"] = latest_checks(instance)
     else:
         err.print(
-            "The runs, and with them the checks, are not readable by this login: flywheel_pipeline and the owner may.",
+            "The runs, and with them the checks, are not readable by this login: `flywheel db upgrade`, by the owner, "
+            "makes and opens Dagster's tables.",
             soft_wrap=True,
         )
     return found

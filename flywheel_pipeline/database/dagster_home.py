@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+import sqlalchemy as sa
 import yaml
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine
 
 from flywheel_pipeline.database.engine import dagster_url
+from flywheel_pipeline.database.roles import DAGSTER_SCHEMA
 from flywheel_pipeline.database.settings import Settings
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.orchestration.launchers import launcher_config
@@ -70,6 +72,22 @@ def write_dagster_home(settings: Settings, url: URL) -> Path:
             hint="Set FLYWHEEL_HOME to a directory of your own.",
         ) from error
     return home
+
+
+def make_dagster_storage(engine: Engine) -> bool:
+    """Have Dagster make its tables, where there are none yet; return whether it did.
+
+    Done by the owner, they are open to each login that has a role for it; made at the start of whichever login comes first,
+    they would be that login's alone.
+    """
+    with engine.connect() as connection:
+        tables = set(sa.inspect(connection).get_table_names(DAGSTER_SCHEMA))
+    if {"runs", "event_logs", "jobs"} <= tables:  # the tables by which its three storages know
+        return False
+    from dagster_postgres import DagsterPostgresStorage
+
+    DagsterPostgresStorage(dagster_url(engine.url))  # makes what is missing; keeps no connection
+    return True
 
 
 def dagster_environment(settings: Settings, url: URL) -> dict[str, str]:

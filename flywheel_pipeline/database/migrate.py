@@ -19,12 +19,11 @@ from sqlalchemy import Connection, Engine
 
 from flywheel_pipeline.database import declared, roles, seed
 from flywheel_pipeline.database.drift import Difference, check
+from flywheel_pipeline.database.roles import DAGSTER_SCHEMA
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.errors import DatabaseUnavailable, SchemaMismatch
 
 __all__ = ["DAGSTER_SCHEMA", "Difference", "Progress", "UpgradeReport", "check", "upgrade"]
-
-DAGSTER_SCHEMA: Final = "dagster"
 
 # Writers queue behind whoever waits for a lock on their table. So nobody is waited for longer than this; then the upgrade
 # steps back, lets the queue through, and tries again.

@@ -165,37 +165,51 @@ def apply_roles(connection: sa.Connection) -> Iterator[str]:
     yield from _open_dagster(connection)
 
 
-# Dagster makes and migrates its own tables; whoever runs the graph does it in this schema.
-_DAGSTER_CLOSED = """
-SELECT c.oid::regclass::text AS relation, c.relkind::text AS kind FROM pg_class AS c
-WHERE c.relnamespace = to_regnamespace(:schema) AND c.relkind IN ('r', 'S')
-  AND NOT (CASE c.relkind WHEN 'S' THEN has_sequence_privilege(:role, c.oid, 'USAGE')
-           ELSE has_table_privilege(:role, c.oid, 'SELECT, INSERT') AND has_table_privilege(:role, c.oid, 'UPDATE')
-                AND has_table_privilege(:role, c.oid, 'DELETE') END)
+#: Dagster makes and migrates its own tables in its own schema; who runs the graph writes them, who reads reads them.
+DAGSTER_GRANTS: Final[Mapping[str, Mapping[str, Privileges]]] = {
+    PIPELINE: {"SCHEMA": ("USAGE", "CREATE"), "TABLE": _WRITE, "SEQUENCE": ("USAGE", _R)},
+    READER: {"SCHEMA": ("USAGE",), "TABLE": (_R,), "SEQUENCE": ()},
+}
+
+# What the current role may grant. Tables that Dagster made under another login are that login's to grant.
+_DAGSTER_OBJECTS = """
+WITH objects AS (
+    SELECT 'SCHEMA' AS kind, nspname::text AS name, nspacl AS acl FROM pg_namespace
+    WHERE nspname = :schema AND pg_has_role(nspowner, 'USAGE')
+    UNION ALL
+    SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, relname::text, relacl FROM pg_class
+    WHERE relnamespace = to_regnamespace(:schema) AND relkind IN ('r', 'p', 'S') AND pg_has_role(relowner, 'USAGE')
+)
+SELECT o.kind, o.name, array_agg(p.privilege_type::text) AS granted
+FROM objects AS o LEFT JOIN LATERAL aclexplode(o.acl) AS p ON p.grantee = to_regrole(:role)
+GROUP BY o.kind, o.name ORDER BY o.kind, o.name
 """
 
 
 def _open_dagster(connection: sa.Connection) -> Iterator[str]:
-    if PIPELINE not in existing(connection):
-        return
-    values = {"schema": DAGSTER_SCHEMA, "role": PIPELINE}
-    closed = connection.execute(sa.text(_DAGSTER_CLOSED), values).all()
-    usable = connection.execute(
-        sa.text(
-            "SELECT has_schema_privilege(:role, :schema, 'CREATE') AND has_schema_privilege(:role, :schema, 'USAGE')"
-        ),
-        values,
-    ).scalar_one()
-    if usable and not closed:
-        return
-    _say(connection, "GRANT USAGE, CREATE ON SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
-    _say(connection, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
-    _say(connection, "GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA {} TO {}", DAGSTER_SCHEMA, PIPELINE)
-    # And on what Dagster is yet to make there, as the role of this upgrade.
-    later = "ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT "
-    _say(connection, later + "SELECT, INSERT, UPDATE, DELETE ON TABLES TO {}", DAGSTER_SCHEMA, PIPELINE)
-    _say(connection, later + "USAGE, SELECT ON SEQUENCES TO {}", DAGSTER_SCHEMA, PIPELINE)
-    yield f"schema {DAGSTER_SCHEMA} opened to {PIPELINE}"
+    for role in sorted(existing(connection) & DAGSTER_GRANTS.keys()):
+        wanted = DAGSTER_GRANTS[role]
+        lacking = [
+            (row.kind, row.name)
+            for row in connection.execute(sa.text(_DAGSTER_OBJECTS), {"schema": DAGSTER_SCHEMA, "role": role})
+            if not {*wanted[row.kind]} <= {*row.granted}
+        ]
+        for kind, name in lacking:
+            names = (name,) if kind == "SCHEMA" else (DAGSTER_SCHEMA, name)
+            _say(
+                connection,
+                f"GRANT {', '.join(wanted[kind])} ON {kind} {'.'.join('{}' for _ in names)} TO {{}}",
+                *names,
+                role,
+            )
+        if not lacking:
+            continue
+        # And on what Dagster is yet to make there, as the role of this upgrade.
+        for kind in ("TABLE", "SEQUENCE"):
+            if wanted[kind]:
+                later = f"ALTER DEFAULT PRIVILEGES IN SCHEMA {{}} GRANT {', '.join(wanted[kind])} ON {kind}S TO {{}}"
+                _say(connection, later, DAGSTER_SCHEMA, role)
+        yield f"schema {DAGSTER_SCHEMA} opened to {role}"
 
 
 def states(connection: sa.Connection) -> list[RoleState]:

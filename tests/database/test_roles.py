@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 
 from flywheel_pipeline.database import migrate, roles
+from flywheel_pipeline.database.dagster_home import make_dagster_storage
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.telemetry.intake import import_file, post_execution
@@ -331,3 +332,91 @@ def test_a_reader_reads_every_relation_but_tokens_and_writes_none(engine: Engine
         assert closed == ["appliance_tokens"]
         for table in metadata.tables:
             assert refused(connection, f"DELETE FROM {table}"), table
+
+
+@pytest.fixture(scope="module")
+def owner_login(new_login: Callable[..., str]) -> str:
+    """A login that may make roles and is nobody else's equal: as an owner of the schema is on a server of others."""
+    return new_login("the_owner", options="CREATEROLE")
+
+
+@pytest.fixture(scope="module")
+def pipeline_login(new_login: Callable[..., str]) -> str:
+    return new_login("the_pipeline", roles.PIPELINE)
+
+
+@pytest.fixture
+def owner(empty_engine: Engine, owner_login: str) -> Iterator[Engine]:
+    """An empty database of that owner, as the owner."""
+    with empty_engine.begin() as connection:
+        name = empty_engine.url.database
+        connection.exec_driver_sql(f'ALTER DATABASE "{name}" OWNER TO {owner_login}')
+    login = open_engine(empty_engine.url.set(username=owner_login))
+    yield login
+    login.dispose()
+
+
+def dagster_tables(engine: Engine) -> dict[str, str]:
+    """Dagster's tables and whose they are."""
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT relname, pg_get_userbyid(relowner) AS whose FROM pg_class "
+            "WHERE relnamespace = 'dagster'::regnamespace AND relkind = 'r'"
+        )
+        return {row.relname: row.whose for row in found}
+
+
+def test_an_owner_upgrades_beside_tables_that_dagster_made_as_the_pipelines_login(
+    owner: Engine, pipeline_login: str
+) -> None:
+    migrate.upgrade(owner)
+    pipeline = open_engine(owner.url.set(username=pipeline_login))
+    assert make_dagster_storage(pipeline)
+    assert set(dagster_tables(owner).values()) == {pipeline_login}
+    assert migrate.upgrade(owner).changes == ()
+    assert not make_dagster_storage(owner)
+    pipeline.dispose()
+
+
+def test_the_tables_that_an_upgrade_has_dagster_make_are_open_to_the_roles(
+    owner: Engine, owner_login: str, empty_engine: Engine
+) -> None:
+    migrate.upgrade(owner)
+    assert make_dagster_storage(owner)
+    assert not make_dagster_storage(owner)
+    tables = dagster_tables(owner)
+    assert set(tables.values()) == {owner_login}
+    assert len(tables) > 15
+    with as_role(empty_engine, roles.PIPELINE) as connection:
+        for table in tables:
+            assert not refused(connection, f"SELECT * FROM dagster.{table}; DELETE FROM dagster.{table}")
+        assert not refused(connection, "INSERT INTO dagster.kvs (key, value) VALUES ('a', 'b')")
+        assert not refused(connection, "UPDATE dagster.kvs SET value = 'c'")
+        assert not refused(connection, "SELECT nextval('dagster.event_logs_id_seq')")
+    with as_role(empty_engine, roles.READER) as connection:
+        for table in tables:
+            assert not refused(connection, f"SELECT * FROM dagster.{table}")
+            assert refused(connection, f"DELETE FROM dagster.{table}")
+        assert refused(connection, "CREATE TABLE dagster.mine ()")
+    for role in (roles.INTAKE, roles.AGENT_API):
+        with as_role(empty_engine, role) as connection:
+            assert refused(connection, "SELECT * FROM dagster.runs")
+
+
+def test_an_upgrade_opens_the_tables_of_dagster_that_a_release_before_it_left_closed(
+    owner: Engine, empty_engine: Engine
+) -> None:
+    migrate.upgrade(owner)
+    make_dagster_storage(owner)
+    with owner.begin() as connection:
+        connection.exec_driver_sql(
+            f"REVOKE USAGE ON SCHEMA dagster FROM {roles.READER}; REVOKE SELECT ON dagster.runs FROM {roles.READER}; "
+            f"REVOKE INSERT ON dagster.runs FROM {roles.PIPELINE}"
+        )
+    assert migrate.upgrade(owner).changes == (
+        f"schema dagster opened to {roles.PIPELINE}",
+        f"schema dagster opened to {roles.READER}",
+    )
+    assert migrate.upgrade(owner).changes == ()
+    with as_role(empty_engine, roles.READER) as connection:
+        assert not refused(connection, "SELECT * FROM dagster.runs")

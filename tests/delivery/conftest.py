@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +12,9 @@ from fleet_database import Fleet
 from starlette.testclient import TestClient
 
 from flywheel_pipeline.database import roles
-from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.delivery.api.app import create_app
 from flywheel_pipeline.delivery.api.limits import Limits
-from flywheel_pipeline.errors import DatabaseUnavailable
 
 
 @pytest.fixture
@@ -44,25 +40,9 @@ def committed(engine: sa.Engine) -> Callable[[Callable[[Fleet], Any]], Any]:
 
 
 @pytest.fixture(scope="session")
-def agent_login(server: EmbeddedServer, template_database: str) -> str:
+def agent_login(new_login: Callable[..., str]) -> str:
     """A login of the server that was granted the role of the agent API, and nothing else."""
-    name = "the_agent_api"
-    administrator = open_engine(server.url.set(database=template_database))
-    with (server.data / "pg_ident.conf").open("a") as identities:
-        identities.write(f'flywheel "{getpass.getuser()}" {name}\n')
-    with administrator.begin() as connection:
-        connection.exec_driver_sql(
-            f"CREATE ROLE {name} LOGIN; GRANT {roles.AGENT_API} TO {name}; SELECT pg_reload_conf()"
-        )
-    administrator.dispose()
-    deadline = time.monotonic() + 30
-    while True:  # the server reads its files again a moment later
-        try:
-            open_engine(server.url.set(database=template_database, username=name)).dispose()
-            return name
-        except DatabaseUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    return new_login("the_agent_api", roles.AGENT_API)
 
 
 @pytest.fixture

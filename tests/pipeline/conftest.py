@@ -5,12 +5,10 @@ Belongs here: databases with the day in them and Dagster instances over them. Do
 
 from __future__ import annotations
 
-import getpass
 import itertools
 import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from flywheel_pipeline.database.embedded import EmbeddedServer
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.roles import READER
 from flywheel_pipeline.database.settings import get_settings
-from flywheel_pipeline.errors import DatabaseUnavailable
 from flywheel_pipeline.run import dagster_instance, latest_checks, run_pipeline
 from flywheel_pipeline.simulation.replay import Replay, build_replay
 from flywheel_pipeline.simulation.stage import stage_evening, stage_morning
@@ -162,20 +159,6 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 
 @pytest.fixture(scope="session")
-def reader_login(server: EmbeddedServer, template_database: str) -> str:
+def reader_login(new_login: Callable[..., str]) -> str:
     """A login of the server that was granted the reader's role, and nothing else."""
-    name = "the_reader"
-    with (server.data / "pg_ident.conf").open("a") as identities:
-        identities.write(f'flywheel "{getpass.getuser()}" {name}\n')
-    administrator = open_engine(server.url.set(database=template_database))
-    with administrator.begin() as connection:
-        connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN; GRANT {READER} TO {name}; SELECT pg_reload_conf()")
-    administrator.dispose()
-    deadline = time.monotonic() + 30
-    while True:  # the server reads its files again a moment later
-        try:
-            open_engine(server.url.set(database=template_database, username=name)).dispose()
-            return name
-        except DatabaseUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    return new_login("the_reader", READER)

@@ -101,8 +101,24 @@ def test_the_status_of_a_reader_goes_without_the_runs_and_says_so(as_reader: Fly
     assert "Telemetry   0 rows" in plain.out
     for told in (answer, plain):
         assert told.err.strip() == (
-            "The runs, and with them the checks, are not readable by this login: flywheel_pipeline and the owner may."
+            "The runs, and with them the checks, are not readable by this login: `flywheel db upgrade`, by the owner, "
+            "makes and opens Dagster's tables."
         )
+
+
+def test_a_reader_sees_the_checks_of_the_tables_that_an_upgrade_made(
+    engine: sa.Engine, run_command: Flywheel, reader_login: str, environment: Environment, tmp_path: Path
+) -> None:
+    with environment(engine, tmp_path / "owner"):
+        assert run_command("db", "upgrade", "--json").json == {"changes": ["the tables of Dagster"]}
+        assert run_command("db", "upgrade", "--json").json == {"changes": []}
+    login = open_engine(engine.url.set(username=reader_login))
+    with environment(login, tmp_path / "reader"):
+        answer = run_command("status", "--json")
+    login.dispose()
+    assert (answer.code, answer.err) == (0, "")
+    assert {check["passed"] for check in answer.json["checks"]} == {None}
+    assert len(answer.json["checks"]) > 30
 
 
 def test_a_login_that_was_granted_nothing_is_told_what_it_takes_to_read(
