@@ -25,7 +25,6 @@ from flywheel_pipeline.sql_models.metadata import markdown_table
 
 ARCHIVE_JOB = "archive_days"
 SHOWN_DAYS = 20
-_LONGEST_SECONDS = 12 * 3600
 
 
 class ExportConfig(dg.Config):
@@ -128,7 +127,6 @@ def build_archive_job() -> UnresolvedAssetJobDefinition:
         ARCHIVE_JOB,
         selection=dg.AssetSelection.assets(telemetry_archive) | dg.AssetSelection.checks(*ARCHIVE_CHECKS),
         description="Exports closed and corrected days of telemetry to the archive, and checks that nothing is missing.",
-        tags={"dagster/max_runtime": str(_LONGEST_SECONDS)},
         executor_def=dg.in_process_executor,
     )
 

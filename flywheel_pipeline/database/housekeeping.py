@@ -34,7 +34,8 @@ def delete_old_runs(instance: dg.DagsterInstance, *, keep_days: int, batch: int 
 def build_housekeeping_job() -> dg.JobDefinition:
     """Build the job `housekeeping`."""
 
-    @dg.op
+    # The database is not asked: by it the run gives its sign of life, as every run does.
+    @dg.op(required_resource_keys={"database"})
     def delete_runs(context: dg.OpExecutionContext, config: RunRetention) -> None:
         keep_days = get_settings().run_days if config.keep_days is None else config.keep_days
         deleted = delete_old_runs(context.instance, keep_days=keep_days)

@@ -2,7 +2,7 @@
 
 Belongs here: giving the sign and asking for it. Does not belong here: what is done about a run that gives none
 (`telemetry/sensors.py`). Dagster's default launcher notices a dead worker through the worker's parent alone: where that
-was killed too (a machine that lost power), the run stays STARTED for the 15 minutes of `max_runtime_seconds`. The kernel
+was killed too (a machine that lost power), the run stays STARTED until `max_runtime_seconds` are over, half a day. The kernel
 closes the dead process's connection at once, and PostgreSQL frees the lock with it; where the host is gone with its
 kernel, PostgreSQL finds that out by asking it every five seconds (20 s). A restart of PostgreSQL frees it
 too, while the run may live on: a run without the sign is doubtful, so nothing may rest on its being dead but haste.

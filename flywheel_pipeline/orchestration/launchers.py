@@ -17,6 +17,9 @@ EXTRAS: Final = {"celery": "dagster_celery", "k8s": "dagster_k8s"}
 #: Until a run that was handed over must have begun, in seconds. It includes the wait for a free worker: keep
 #: FLYWHEEL_RUN_SLOTS at or below the workers' slots. A pod may have to fetch its image first.
 START_SECONDS: Final = {"default": 120, "celery": 60, "k8s": 300}
+#: Of any run. A day of 100 million rows takes PostgreSQL an hour and a half, the first refresh after a large import as long
+#: as its rows ask for, and either may wait for the other's lock. A killed run is known by its missing sign of life, long before.
+LONGEST_SECONDS: Final = 12 * 3600
 POLL_SECONDS: Final = {"default": 30, "celery": 5, "k8s": 15}
 
 
@@ -39,7 +42,7 @@ def launcher_config(settings: Settings) -> dict[str, Any]:
         "run_monitoring": {
             "enabled": True,
             "start_timeout_seconds": START_SECONDS[name],
-            "max_runtime_seconds": 900,
+            "max_runtime_seconds": LONGEST_SECONDS,
             "poll_interval_seconds": POLL_SECONDS[name],
         },
     }

@@ -23,6 +23,7 @@ RETRY_AFTER_SECONDS = 30.0
 # A run that has begun gives its sign of life within a second, and one that was launched begins within six. What is
 # older than this and gives none was killed with the process that would have reported it.
 SIGN_SECONDS = 10.0
+UNHURRIED_SIGN_SECONDS = 60.0  # of runs that the minute path does not wait for
 START_SECONDS = 30.0
 START_ELSEWHERE_SECONDS = {"celery": 60.0, "k8s": 300.0}  # a process on another host, a pod with its image
 UNFINISHED = [
@@ -51,14 +52,35 @@ def runs_at_work(instance: dg.DagsterInstance, engine: sa.Engine, job_names: tup
             elif now - record.start_time < SIGN_SECONDS or gives_sign(engine, run.run_id):
                 at_work += 1
             else:
-                found = instance.get_run_by_id(run.run_id)
-                if found is not None and not found.is_finished:
-                    instance.report_run_failed(
-                        found,
-                        "The process of this run is gone: it no longer holds its lock in the database. What it had "
-                        "not committed is undone; nothing is lost, the next run does it.",
-                    )
+                _report_gone(instance, run.run_id)
     return at_work
+
+
+def report_gone_runs(instance: dg.DagsterInstance, engine: sa.Engine) -> None:
+    """Report the begun runs of any job as failed whose process is gone, so that Dagster's run retries take them up.
+
+    For runs that are one process of this host, which nobody else watches: a backfill would otherwise wait for a killed one
+    for as long as a run may take. Celery's and Kubernetes' runs are watched by their launchers, and a run whose steps are
+    processes of their own gives no sign between two of them.
+    """
+    settings = get_settings()
+    if (settings.run_launcher, settings.executor) != ("default", "in_process"):
+        return
+    begun = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
+    for record in instance.get_run_records(begun, limit=100):
+        age = time.time() - (record.start_time or time.time())
+        if age > UNHURRIED_SIGN_SECONDS and not gives_sign(engine, record.dagster_run.run_id):
+            _report_gone(instance, record.dagster_run.run_id)
+
+
+def _report_gone(instance: dg.DagsterInstance, run_id: str) -> None:
+    found = instance.get_run_by_id(run_id)
+    if found is not None and not found.is_finished:
+        instance.report_run_failed(
+            found,
+            "The process of this run is gone: it no longer holds its lock in the database. What it had "
+            "not committed is undone; nothing is lost, the next run does it.",
+        )
 
 
 def waiting_acts(connection: sa.Connection) -> int:
@@ -108,6 +130,7 @@ def build_telemetry_sensor(job_name: str, *, others: tuple[str, ...] = ()) -> dg
         def busy() -> int:
             return runs_at_work(context.instance, database.engine, (job_name, *others))
 
+        report_gone_runs(context.instance, database.engine)
         # A run at work is waited for inside the tick too: the next tick may be five seconds away.
         deadline = time.monotonic() + WAIT_SECONDS
         while unfinished := busy():

@@ -191,6 +191,47 @@ def test_ours_run_as_nobody_in_particular_on_a_disk_they_cannot_write() -> None:
             )
 
 
+#: Settings that compose.yaml does not hand on, and why.
+NOT_IN_COMPOSE = {
+    "home": "the image says where it is",
+    "prepare_statements": "there is no pooler",
+    "ui_port": "as published",
+    "api_port": "as published",
+    "alert_rules": "a file: mount it, and name it",
+    "executor": "with Celery a run is one process",
+    "spark_master": "the image has no Java",
+    **dict.fromkeys(
+        ("k8s_image", "k8s_namespace", "k8s_service_account", "k8s_instance_config_map", "k8s_env_from"), "of clusters"
+    ),
+}
+
+
+def test_compose_hands_on_every_setting_or_it_is_said_why_not() -> None:
+    services = compose()["services"]
+    given = {name for service in services.values() for name in service.get("environment", {})}
+    settings = {name: f"FLYWHEEL_{name.upper()}" for name in Settings.model_fields}
+    assert {name for name, variable in settings.items() if variable not in given} == set(NOT_IN_COMPOSE)
+    # What decides how runs work reaches every part that executes them or lets people launch them.
+    for part in ("code", "ui", "daemon", "worker"):
+        for name in ("run_days", "engine", "archive_url", "archive_after_days"):
+            assert settings[name] in services[part]["environment"], (part, name)
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"} <= set(services[part]["environment"])
+
+
+def test_what_the_sizing_table_tells_to_set_can_be_set_by_compose() -> None:
+    sizing = TEXTS["README.md"].partition("## Sizing")[2]
+    named = set(re.findall(r"FLYWHEEL_[A-Z0-9_]+", sizing))
+    assert "FLYWHEEL_RUN_DAYS" in named
+    assert named <= set(compose()["services"]["worker"]["environment"])
+
+
+def test_a_folder_that_a_service_mounts_is_made_by_the_image_for_its_user() -> None:
+    made = " ".join(rest for word, rest in instructions() if word == "RUN" and "install -d" in rest).split()
+    for service in compose()["services"].values():
+        for volume in service["volumes"] if "build" in service else ():
+            assert volume.split(":")[1] in made
+
+
 # -- the image -----------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +287,9 @@ def secrets_in(text: str) -> Iterator[str]:
     for password in re.findall(r"\w+://[^\s:@/]*:([^\s@/]+)@", text):
         if not re.fullmatch(r"…|\$\{?\w+.*|password", password):
             yield password
-    for key, value in re.findall(r"(?m)^\s*-?\s*([A-Z_]*(?:PASSWORD|TOKEN|SECRET|URLS)[A-Z_]*)\s*[:=]\s*(\S.*)$", text):
+    for key, value in re.findall(
+        r"(?m)^\s*-?\s*([A-Z_]*(?:PASSWORD|TOKEN|SECRET|URLS)[A-Z_]*)[ \t]*[:=][ \t]*(\S.*)$", text
+    ):
         if not value.startswith(("${", "…")):
             yield f"{key}={value}"
     yield from re.findall(r"kind: Secret|postgresqlPassword:.*", text)

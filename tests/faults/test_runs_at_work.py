@@ -13,10 +13,17 @@ import sqlalchemy as sa
 from dagster._core.events import DagsterEvent, DagsterEventType
 from fault_lab import FORK, end_with_parent, until
 
+from flywheel_pipeline.build import build_defs
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.life import gives_sign, sign_of_life
 from flywheel_pipeline.telemetry import sensors
-from flywheel_pipeline.telemetry.sensors import SIGN_SECONDS, START_SECONDS, runs_at_work
+from flywheel_pipeline.telemetry.sensors import (
+    SIGN_SECONDS,
+    START_SECONDS,
+    UNHURRIED_SIGN_SECONDS,
+    report_gone_runs,
+    runs_at_work,
+)
 
 JOB = "pipeline"
 LONG_AGO = SIGN_SECONDS + START_SECONDS
@@ -101,6 +108,36 @@ def test_a_run_that_was_launched_is_waited_for_until_it_should_have_begun(
     monkeypatch.setattr(sensors, "START_SECONDS", 0.0)
     assert runs_at_work(instance, engine, (JOB,)) == 0
     assert status(instance, run.run_id) == dg.DagsterRunStatus.STARTING  # Dagster's own monitoring decides about it
+
+
+def test_a_gone_run_of_any_job_is_reported_where_nobody_else_watches_it(
+    engine: sa.Engine, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = run_that_began(instance, UNHURRIED_SIGN_SECONDS / 2)
+    alive = run_that_began(instance, 2 * UNHURRIED_SIGN_SECONDS)
+    gone = run_that_began(instance, 2 * UNHURRIED_SIGN_SECONDS)
+    cancelled = run_that_began(instance, 2 * UNHURRIED_SIGN_SECONDS, cancelled=True)
+    with sign_of_life(engine, alive):
+        for name, value in (("FLYWHEEL_RUN_LAUNCHER", "celery"), ("FLYWHEEL_EXECUTOR", "multiprocess")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                report_gone_runs(instance, engine)
+            assert status(instance, gone) == dg.DagsterRunStatus.STARTED
+        report_gone_runs(instance, engine)
+    assert {status(instance, run_id) for run_id in (fresh, alive)} == {dg.DagsterRunStatus.STARTED}
+    assert {status(instance, run_id) for run_id in (gone, cancelled)} == {dg.DagsterRunStatus.FAILURE}
+
+
+def test_every_step_of_every_job_has_its_run_give_the_sign() -> None:
+    jobs = build_defs().get_repository_def().get_all_jobs()
+    assert len(jobs) > 5
+    silent = {
+        (found.name, node.name)
+        for found in jobs
+        for node in found.nodes
+        if "database" not in node.definition.required_resource_keys
+    }
+    assert silent == set()
 
 
 def test_only_unfinished_runs_of_the_jobs_asked_for_count(engine: sa.Engine, instance: dg.DagsterInstance) -> None:

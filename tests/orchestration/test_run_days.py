@@ -10,6 +10,7 @@ import pytest
 from dagster._core.storage.runs.schema import RunsTable
 
 from flywheel_pipeline.database.housekeeping import build_housekeeping_job
+from flywheel_pipeline.database.resource import FlywheelDatabase
 
 
 @dg.job
@@ -26,7 +27,7 @@ def nothing() -> None:
     ],
 )
 def test_finished_runs_stay_as_many_days_as_the_setting_says(
-    setting: str | None, config: dict[str, Any], left: list[int], monkeypatch: pytest.MonkeyPatch
+    setting: str | None, config: dict[str, Any], left: list[int], monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     if setting is not None:
         monkeypatch.setenv("FLYWHEEL_RUN_DAYS", setting)
@@ -41,5 +42,7 @@ def test_finished_runs_stay_as_many_days_as_the_setting_says(
                     .where(RunsTable.c.run_id == runs[age])
                     .values(update_timestamp=at.replace(tzinfo=None))
                 )
-        assert build_housekeeping_job().execute_in_process(instance=instance, run_config=config).success
+        job = build_housekeeping_job()
+        resources = {"database": FlywheelDatabase(url=database_url)}
+        assert job.execute_in_process(instance=instance, run_config=config, resources=resources).success
         assert [age for age, run_id in runs.items() if instance.has_run(run_id)] == left
