@@ -200,7 +200,7 @@ class Writer:
 
     def kill(self) -> None:
         """Kill -9; the step in flight was committed or was not."""
-        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # one that ended already stays as it is
         self.process.join()
 
     def wrong(self) -> str | None:

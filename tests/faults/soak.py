@@ -262,7 +262,7 @@ class Pipeline:
 
     def kill(self) -> None:
         """Kill -9, in the middle of a step."""
-        os.kill(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()  # one that ended already stays as it is
         self.process.join()
 
 
@@ -523,7 +523,7 @@ class Soak:
         for process in (*self.writers, *self.pipelines, self.api):
             process.kill()
         kill_postmaster(self.server)
-        self.server.ensure_running()
+        self._patiently(self.server.ensure_running)  # a postmaster that is just dying may still be taken for alive
         for process in (*self.writers, *self.pipelines, self.api):
             process.start()
         self._daemon()
