@@ -17,12 +17,15 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
 import sqlalchemy as sa
 
 from flywheel_pipeline import __version__
@@ -63,7 +66,7 @@ def backup(engine: sa.Engine, path: Path, *, progress: Progress | None = None) -
     The file appears when it is whole; an earlier one of that name is not replaced.
 
     Raises:
-        UsageError: the file exists, or its directory does not.
+        UsageError: the file exists, or its directory does not, or an option of the URL cannot be handed to pg_dump.
         SchemaMismatch: the database holds no Flywheel schema.
         DatabaseUnavailable: no pg_dump fits this server.
         FlywheelError: pg_dump failed; its own words say why.
@@ -93,7 +96,7 @@ def backup(engine: sa.Engine, path: Path, *, progress: Progress | None = None) -
                 partial.chmod(0o600)  # telemetry of clinics: for nobody else's eyes
                 _run(
                     program,
-                    engine.url,
+                    _Session.of(connection),
                     ["--format=custom", "--no-owner", "--no-privileges", f"--snapshot={snapshot}"],
                     output=file,
                 )
@@ -157,7 +160,7 @@ def restore(engine: sa.Engine, path: Path, *, progress: Progress | None = None) 
     The schema stays at the release of the backup; `flywheel db upgrade` brings it to this one.
 
     Raises:
-        UsageError: the file is missing or no backup.
+        UsageError: the file is missing or no backup, or an option of the URL cannot be handed to psql.
         SchemaMismatch: the database is not empty, or the backup is of a newer release.
         DatabaseUnavailable: no pg_restore fits.
         FlywheelError: the file is damaged, pg_restore failed, or the rows are not those of the description.
@@ -171,6 +174,7 @@ def restore(engine: sa.Engine, path: Path, *, progress: Progress | None = None) 
     with engine.connect() as connection:
         ours = sorted(set(sa.inspect(connection).get_table_names(declared.SCHEMA)) & set(metadata.tables))
         version = _server_version(connection)
+        session = _Session.of(connection)
     if ours:
         raise SchemaMismatch(
             f"The database holds tables of Flywheel already: {', '.join(ours[:3])}.",
@@ -178,7 +182,7 @@ def restore(engine: sa.Engine, path: Path, *, progress: Progress | None = None) 
         )
     if progress is not None:
         progress(f"restoring {sum(described.rows.values()):,} rows")
-    _restore_script(_program("pg_restore", version), _program("psql", version), engine.url, path, version)
+    _restore_script(_program("pg_restore", version), _program("psql", version), session, path, version)
     with engine.begin() as connection:
         connection.exec_driver_sql("ANALYZE")
         found = _count_rows(connection)
@@ -193,7 +197,7 @@ def restore(engine: sa.Engine, path: Path, *, progress: Progress | None = None) 
     return described
 
 
-def _restore_script(pg_restore: str, psql: str, url: sa.URL, path: Path, version: int) -> None:
+def _restore_script(pg_restore: str, psql: str, session: _Session, path: Path, version: int) -> None:
     """Restore in one transaction. What a newer pg_restore sets and an older server does not know is left out."""
     script = subprocess.Popen(
         [pg_restore, "--no-owner", "--no-privileges", "--file=-", str(path.expanduser().resolve())],
@@ -201,13 +205,14 @@ def _restore_script(pg_restore: str, psql: str, url: sa.URL, path: Path, version
         stderr=subprocess.PIPE,
     )
     assert script.stdout is not None  # noqa: S101 (Popen with a pipe)
-    client = subprocess.Popen(
-        [psql, "--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", "--dbname", _conninfo(url)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=_environment(url),
-    )
+    with session.handed_on() as handed:
+        client = subprocess.Popen(
+            [psql, "--no-psqlrc", "--quiet", "--single-transaction", "--set=ON_ERROR_STOP=1", "--dbname", _SERVICE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            **handed,
+        )
     assert client.stdin is not None  # noqa: S101
     head = True  # settings stand before the first data
     try:
@@ -262,28 +267,59 @@ def _program(name: str, server_version: int) -> str:
     )
 
 
-def _conninfo(url: sa.URL) -> str:
-    """The URL for libpq, without the password: command lines are for everybody to see."""
-    bare = url.set(drivername="postgresql", password=None).difference_update_query(["password"])
-    return bare.render_as_string(hide_password=False)
+_SERVICE: Final = "service=flywheel"
 
 
-def _environment(url: sa.URL) -> dict[str, str]:
-    environment = {**os.environ, "PGAPPNAME": "flywheel backup"}
-    password = url.password if url.password is not None else url.query.get("password")
-    if password is not None:
-        environment["PGPASSWORD"] = str(password)
-    return environment
+@dataclass(frozen=True)
+class _Session:
+    """How a session is connected, for a client program that is to connect as it is: options of libpq, and the password."""
+
+    options: dict[str, str]
+    password: str
+
+    @classmethod
+    def of(cls, connection: sa.Connection) -> _Session:
+        """Read the options in force: those of the URL, of a service that it names, and of the environment.
+
+        Raises UsageError for a value that no service file can hold.
+        """
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)  # noqa: S101 - engine.DRIVER
+        options = driver.info.get_parameters() | {"application_name": "flywheel backup"}
+        for name in ("service", "servicefile"):
+            options.pop(name, None)
+        for name, value in options.items():
+            if "\n" in value or value != value.rstrip():
+                raise UsageError(
+                    f"The option {name} of the database URL has a line break in it or white space at its end, "
+                    "so it cannot be handed to PostgreSQL's client programs.",
+                    hint=f"Give {name} another value.",
+                )
+        return cls(options, driver.info.password)
+
+    @contextmanager
+    def handed_on(self) -> Iterator[dict[str, Any]]:
+        """Give the arguments for `subprocess` with which `_SERVICE` is this session.
+
+        Command lines are for everybody on the machine to see, so no option stands there. They are in a service file without
+        a name, which the program inherits open and nobody finds, not even after a kill; the password, which a service file
+        would cut at white space, is in the program's environment.
+        """
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            file.write("\n".join(["[flywheel]", *(f"{name}={value}" for name, value in self.options.items()), ""]))
+            file.flush()
+            file.seek(0)
+            environment = {**os.environ, "PGSERVICEFILE": f"/dev/fd/{file.fileno()}"}
+            if self.password:
+                environment["PGPASSWORD"] = self.password
+            yield {"env": environment, "pass_fds": (file.fileno(),)}
 
 
-def _run(program: str, url: sa.URL, options: list[str], *, output: Any) -> None:
-    done = subprocess.run(
-        [program, *options, "--dbname", _conninfo(url)],
-        stdout=output,
-        stderr=subprocess.PIPE,
-        env=_environment(url),
-        check=False,
-    )
+def _run(program: str, session: _Session, options: list[str], *, output: Any) -> None:
+    with session.handed_on() as handed:
+        done = subprocess.run(
+            [program, *options, "--dbname", _SERVICE], stdout=output, stderr=subprocess.PIPE, check=False, **handed
+        )
     if done.returncode != 0:
         said = _first_error(done.stderr.decode(errors="replace"))
         raise FlywheelError(f"{Path(program).name} failed: {said}.", hint="Nothing was written.")

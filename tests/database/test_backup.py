@@ -9,8 +9,10 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from sqlalchemy import Engine
 from flywheel_pipeline.aggregates.refresh import pending_cells, refresh
 from flywheel_pipeline.database import migrate
 from flywheel_pipeline.database.backup import backup, describing, restore
-from flywheel_pipeline.database.embedded import EmbeddedServer
+from flywheel_pipeline.database.embedded import EmbeddedServer, client_programs
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.doctor import examine
@@ -185,6 +187,138 @@ def test_a_failed_dump_leaves_no_file(engine: Engine, tmp_path: Path) -> None:
         with pytest.raises(FlywheelError, match="pg_dump failed: "):
             backup(engine, tmp_path / "b.dump")
     killer.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def arguments_of(program: str) -> list[bytes]:
+    """What everybody on this machine sees of the child process of this name, once there is one (60 s at most)."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (process / "cmdline").read_bytes().split(b"\0")
+                parent = re.search(r"^PPid:\s+(\d+)$", (process / "status").read_text(), re.MULTILINE)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent and int(parent[1]) == os.getpid() and Path(arguments[0].decode()).name == program:
+                return arguments
+        time.sleep(0.01)
+    return []
+
+
+SECRETS = ("p@ss w0rd ", "opens the key", "-cflywheel.test=of_an_option")
+
+
+@pytest.fixture
+def secretive(engine: Engine) -> Iterator[Engine]:
+    """The database of `engine`, with a secret in every place of the URL where one can stand."""
+    password, key, options = SECRETS
+    url = engine.url.set(password=password).update_query_dict({"sslpassword": key, "options": options})
+    made = open_engine(url)
+    yield made
+    made.dispose()
+
+
+def test_while_pg_dump_works_its_command_line_holds_no_option_of_the_connection(
+    engine: Engine, secretive: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE somebody_elses (id int)")
+    errors: list[BaseException] = []
+
+    def dump() -> None:
+        try:
+            backup(secretive, tmp_path / "b.dump")
+        except BaseException as error:  # noqa: BLE001 (asserted below)
+            errors.append(error)
+
+    dumper = threading.Thread(target=dump)
+    with engine.connect() as blocker, blocker.begin():
+        blocker.exec_driver_sql("LOCK TABLE somebody_elses IN ACCESS EXCLUSIVE MODE")
+        dumper.start()
+        with engine.connect() as watcher:
+            assert dumping(watcher, waits=True)  # it is connected, under the name that it was given
+        arguments = arguments_of("pg_dump")
+        assert list(temporary.iterdir()) == []  # a kill leaves nothing behind that holds a secret
+    dumper.join()
+    assert errors == []
+    assert [a for a in arguments if not a.startswith((b"--format", b"--no-", b"--snapshot"))][1:] == [
+        b"--dbname",
+        b"service=flywheel",
+        b"",
+    ]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Client programs that note their command line, their service file and their password, and then do their work."""
+    programs, notes = tmp_path / "bin", tmp_path / "notes"
+    programs.mkdir()
+    notes.mkdir()
+    for name in ("pg_dump", "pg_restore", "psql"):
+        program = programs / name
+        program.write_text(
+            "#!/bin/sh\n"
+            f'if [ "$1" != --version ]; then cat /proc/$$/cmdline > {notes}/{name}.arguments; '
+            f'cat "$PGSERVICEFILE" > {notes}/{name}.service; printf %s "$PGPASSWORD" > {notes}/{name}.password; fi\n'
+            f'exec {client_programs() / name} "$@"\n'
+        )
+        program.chmod(0o700)
+    monkeypatch.setattr("flywheel_pipeline.database.backup.client_programs", lambda: programs)
+    return notes
+
+
+def test_what_the_url_holds_reaches_the_client_programs_and_no_command_line(
+    secretive: Engine, empty_engine: Engine, recorded: Path, tmp_path: Path
+) -> None:
+    password, key, options = SECRETS
+    insert(secretive, 9, 5)
+    backup(secretive, tmp_path / "b.dump")
+    target = open_engine(empty_engine.url.set(password=password).update_query_dict({"sslpassword": key}))
+    restore(target, tmp_path / "b.dump")
+    target.dispose()
+    for name in ("pg_dump", "psql"):
+        arguments = (recorded / f"{name}.arguments").read_bytes().decode()
+        assert "service=flywheel" in arguments
+        assert [word for word in (*SECRETS, "sslpassword", str(secretive.url.database)) if word in arguments] == []
+        service = (recorded / f"{name}.service").read_text().splitlines()
+        assert f"sslpassword={key}" in service
+        assert "application_name=flywheel backup" in service
+        assert not any(line.startswith("password") for line in service)
+        assert (recorded / f"{name}.password").read_text() == password
+    assert any(
+        line.startswith(f"options={options}") for line in (recorded / "pg_dump.service").read_text().splitlines()
+    )
+    assert not any(word in (recorded / "pg_restore.arguments").read_text() for word in SECRETS)
+
+
+def test_a_url_that_names_a_service_is_backed_up_from_where_the_service_leads(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert(engine, 10, 5)
+    url = engine.url
+    service = tmp_path / "services.conf"
+    service.write_text(
+        f"[clinic]\nhost={url.query['host']}\nuser={url.username}\ndbname={url.database}\nsslpassword=of the service\n"
+    )
+    monkeypatch.setenv("PGSERVICEFILE", str(service))
+    by_service = open_engine("postgresql:///?service=clinic")
+    assert backup(by_service, tmp_path / "b.dump").rows["execution_telemetry"] == 5
+    by_service.dispose()
+
+
+@pytest.mark.parametrize("value", ["ends in white space ", "two\nlines"])
+def test_an_option_that_no_service_file_can_hold_is_refused_by_its_name(
+    engine: Engine, tmp_path: Path, value: str
+) -> None:
+    odd = open_engine(engine.url.update_query_dict({"sslpassword": value}))
+    with pytest.raises(UsageError, match="The option sslpassword of the database URL") as refusal:
+        backup(odd, tmp_path / "b.dump")
+    odd.dispose()
+    assert value not in f"{refusal.value.message} {refusal.value.hint}"
     assert list(tmp_path.iterdir()) == []
 
 
