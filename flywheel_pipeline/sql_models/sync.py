@@ -33,17 +33,6 @@ from flywheel_pipeline.sql_models.relations import (
 _PENDING = "pending "
 
 
-def sync_models(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
-    """Bring relations and their rows in line with the models, within the caller's transaction.
-
-    `sync_relations` and then `fill_models`, for who need not let writers go on in between.
-
-    Raises:
-        ModelError: as `sync_relations`.
-    """
-    return [*sync_relations(connection, graph), *fill_models(connection, graph)]
-
-
 def sync_relations(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
     """Create, replace and drop relations until they are those of the models, within the caller's transaction.
 

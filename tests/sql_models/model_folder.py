@@ -10,6 +10,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from flywheel_pipeline.sql_models.loader import ModelGraph, load_models
+from flywheel_pipeline.sql_models.sync import fill_models, sync_relations
 
 
 class ModelFolder:
@@ -58,6 +59,11 @@ class ModelFolder:
     def load(self) -> ModelGraph:
         """Load the folder."""
         return load_models(self.root)
+
+
+def bring_in_line(connection: sa.Connection, graph: ModelGraph | None = None) -> list[str]:
+    """Do what both transactions of an upgrade do about the models, in one; return what was done."""
+    return [*sync_relations(connection, graph), *fill_models(connection, graph)]
 
 
 def telemetry_row(

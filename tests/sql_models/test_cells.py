@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from model_folder import ModelFolder, telemetry_row
+from model_folder import ModelFolder, bring_in_line, telemetry_row
 
 from flywheel_pipeline.errors import ModelError
 from flywheel_pipeline.sql_models.cells import (
@@ -22,7 +22,6 @@ from flywheel_pipeline.sql_models.cells import (
 )
 from flywheel_pipeline.sql_models.loader import ModelGraph, SqlModel, load_models
 from flywheel_pipeline.sql_models.relations import execute
-from flywheel_pipeline.sql_models.sync import sync_models
 
 FIRST_DAY = dt.date(2026, 2, 1)
 Cell = tuple[str, dt.date]
@@ -153,7 +152,7 @@ def test_a_recompute_writes_what_differs_and_a_second_one_nothing(bare_engine: s
     graph = small.load()
     day = FIRST_DAY
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00", hostname="h1")
         telemetry_row(connection, "e2", "a", "2026-02-01 11:00", hostname="h2")
         telemetry_row(connection, "e3", "b", "2026-02-01 11:00", hostname="h3")
@@ -180,7 +179,7 @@ def test_a_second_recompute_leaves_every_row_version_where_it_is(bare_engine: sa
     graph = small.load()
     where = "SELECT site_id, day, hostname, ctid::text, xmin::text, xmax::text FROM daily"
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         for number in range(50):
             telemetry_row(connection, f"e{number}", "a", f"2026-02-0{1 + number % 3} 10:00", hostname=f"h{number}")
         recompute_all(connection, graph)
@@ -194,7 +193,7 @@ def test_a_second_recompute_leaves_every_row_version_where_it_is(bare_engine: sa
 def test_a_cell_whose_telemetry_is_gone_is_emptied_and_others_stay(bare_engine: sa.Engine, small: ModelFolder) -> None:
     graph = small.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         telemetry_row(connection, "e2", "b", "2026-02-01 10:00")
         recompute_all(connection, graph)
@@ -218,7 +217,7 @@ def test_a_null_in_a_value_that_stays_null_is_unchanged(bare_engine: sa.Engine, 
     )
     graph = folder.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         recompute_all(connection, graph)
         assert recompute_all(connection, graph)["daily"] == CellCounts(0, 0, 0, 1)
@@ -240,7 +239,7 @@ def test_a_model_whose_key_is_all_its_columns_is_recomputed(bare_engine: sa.Engi
     )
     graph = folder.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         assert recompute_scope(connection, graph, {("a", FIRST_DAY)})["seen"] == CellCounts(1, 0, 0, 0)
         assert recompute_scope(connection, graph, {("a", FIRST_DAY)})["seen"] == CellCounts(0, 0, 0, 1)
@@ -268,7 +267,7 @@ def test_rows_that_do_not_fit_the_key_are_refused(
     )
     graph = folder.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         telemetry_row(connection, "e2", "a", "2026-02-01 11:00")
         if standing == "filled table":
@@ -395,7 +394,7 @@ def widen(touched: set[Cell]) -> set[Cell]:
 
 
 def prepare(connection: sa.Connection, graph: ModelGraph) -> None:
-    sync_models(connection, graph)
+    bring_in_line(connection, graph)
     execute(
         connection,
         "INSERT INTO site_aliases (alias, site_id, actor, reason) VALUES ('old-a', 'a', 'test', 'renamed')",

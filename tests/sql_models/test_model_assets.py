@@ -5,12 +5,11 @@ from __future__ import annotations
 import dagster as dg
 import pytest
 import sqlalchemy as sa
-from model_folder import ModelFolder, telemetry_row
+from model_folder import ModelFolder, bring_in_line, telemetry_row
 
 from flywheel_pipeline.sql_models.assets import asset_spec, materialization_metadata
 from flywheel_pipeline.sql_models.cells import CellCounts
 from flywheel_pipeline.sql_models.loader import load_models
-from flywheel_pipeline.sql_models.sync import sync_models
 
 DAY = {"site_id": "text", "day": "date", "n": "bigint"}
 DAY_SQL = (
@@ -94,7 +93,7 @@ def test_tables_that_assets_write_are_named_by_the_caller(daily: ModelFolder) ->
 def test_a_materialization_counts_and_shows_rows(bare_engine: sa.Engine, daily: ModelFolder) -> None:
     graph = daily.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         connection.exec_driver_sql("INSERT INTO daily SELECT 's' || i, '2026-02-01', i FROM generate_series(1, 7) i")
         metadata = materialization_metadata(connection, graph.models["daily"], CellCounts(1, 2, 3, 4))
         busy = materialization_metadata(connection, graph.models["busy"])
@@ -112,7 +111,7 @@ def test_a_relation_too_dear_to_count_shows_the_estimate_under_another_name(
 ) -> None:
     graph = daily.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         telemetry_row(connection, "e1", "a", "2026-02-01 10:00")
         metadata = materialization_metadata(connection, graph.models["busy"], cost_limit=0.0)
     assert "dagster/row_count" not in metadata

@@ -6,11 +6,12 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from model_folder import bring_in_line
 
 from flywheel_pipeline.sql_models.cells import cell_query
 from flywheel_pipeline.sql_models.loader import load_models
 from flywheel_pipeline.sql_models.relations import execute, primary_key, read_relations, type_oids, verify_columns
-from flywheel_pipeline.sql_models.sync import stale_models, sync_models
+from flywheel_pipeline.sql_models.sync import stale_models
 
 GRAPH = load_models()
 CELLS = [model.name for model in GRAPH if model.cell]
@@ -59,7 +60,7 @@ def test_the_lineage_of_every_column_leads_to_real_columns(name: str) -> None:
 def test_an_upgraded_database_is_in_step_with_the_models(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         assert stale_models(connection, GRAPH) == []
-        assert sync_models(connection, GRAPH) == []
+        assert bring_in_line(connection, GRAPH) == []
 
 
 def test_loading_all_models_is_fast_enough_for_every_run() -> None:

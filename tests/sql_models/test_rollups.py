@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import sqlalchemy as sa
-from model_folder import ModelFolder
+from model_folder import ModelFolder, bring_in_line
 
 from flywheel_pipeline.errors import ModelError
 from flywheel_pipeline.sql_models.cells import Scope, cell_query, recompute
 from flywheel_pipeline.sql_models.relations import execute
-from flywheel_pipeline.sql_models.sync import sync_models
 
 DAILY = {"site_id": "text", "day": "date", "rule_id": "text", "n": "bigint"}
 MONTHLY = {"site_id": "text", "month": "date", "rule_id": "text", "n": "bigint"}
@@ -69,11 +68,11 @@ def test_a_changed_roll_up_is_filled_at_once_from_the_rows_below_it(
     bare_engine: sa.Engine, rolled_up: ModelFolder
 ) -> None:
     with bare_engine.begin() as connection:
-        sync_models(connection, rolled_up.load())
+        bring_in_line(connection, rolled_up.load())
         execute(connection, DAYS)
     write_monthly(rolled_up, "max(n)")
     with bare_engine.begin() as connection:
-        sync_models(connection, rolled_up.load())
+        bring_in_line(connection, rolled_up.load())
         assert contents(connection, "monthly") == [
             ("a", "2026-01-01", "r1", "1"),
             ("a", "2026-02-01", "r1", "3"),
@@ -81,7 +80,7 @@ def test_a_changed_roll_up_is_filled_at_once_from_the_rows_below_it(
             ("a", "2026-03-01", "r1", "4"),
             ("b", "2026-02-01", "r1", "6"),
         ]
-        assert sync_models(connection, rolled_up.load()) == []
+        assert bring_in_line(connection, rolled_up.load()) == []
 
 
 def test_the_indexes_of_the_header_are_created_and_added_to_a_table_that_stays(
@@ -89,7 +88,7 @@ def test_the_indexes_of_the_header_are_created_and_added_to_a_table_that_stays(
 ) -> None:
     listed = "SELECT indexname FROM pg_indexes WHERE tablename IN ('daily', 'monthly') ORDER BY 1"
     with bare_engine.begin() as connection:
-        sync_models(connection, rolled_up.load())
+        bring_in_line(connection, rolled_up.load())
         assert contents(connection, f"({listed}) i") == [
             ("daily_pkey",),
             ("daily_site_id_rule_id_day_idx",),
@@ -97,14 +96,14 @@ def test_the_indexes_of_the_header_are_created_and_added_to_a_table_that_stays(
         ]
         path = rolled_up.root / "aggregates" / "monthly.sql"
         path.write_text(path.read_text().replace("consumers:", "indexes: [[site_id, rule_id, month]]\nconsumers:"))
-        assert "changed cell monthly" in sync_models(connection, rolled_up.load())
+        assert "changed cell monthly" in bring_in_line(connection, rolled_up.load())
         assert ("monthly_site_id_rule_id_month_idx",) in contents(connection, f"({listed}) i")
 
 
 def test_only_the_given_keys_of_a_roll_up_are_added_up(bare_engine: sa.Engine, rolled_up: ModelFolder) -> None:
     graph = rolled_up.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         execute(connection, DAYS)
         for name in ("monthly", "totals"):
             recompute(connection, graph, graph.models[name], everything=True)
@@ -127,7 +126,7 @@ def test_only_the_given_keys_of_a_roll_up_are_added_up(bare_engine: sa.Engine, r
 def test_every_key_that_is_written_is_noted(bare_engine: sa.Engine, rolled_up: ModelFolder) -> None:
     graph = rolled_up.load()
     with bare_engine.begin() as connection:
-        sync_models(connection, graph)
+        bring_in_line(connection, graph)
         execute(connection, DAYS)
         recompute(connection, graph, graph.models["monthly"], everything=True)
         execute(connection, "DELETE FROM daily WHERE site_id = 'b'")

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import sqlalchemy as sa
-from model_folder import ModelFolder, telemetry_row
+from model_folder import ModelFolder, bring_in_line, telemetry_row
 
 from flywheel_pipeline.errors import ModelError
 from flywheel_pipeline.sql_models.relations import read_relations
-from flywheel_pipeline.sql_models.sync import create_table_swap, stale_models, sync_models
+from flywheel_pipeline.sql_models.sync import create_table_swap, stale_models
 
 RULE = {"rule_id": "text", "enabled": "boolean"}
 RULES_SQL = "SELECT r.rule_id::text AS rule_id, r.enabled FROM l1_rules AS r"
@@ -23,7 +23,7 @@ DAY_SQL = (
 
 def sync(engine: sa.Engine, folder: ModelFolder) -> list[str]:
     with engine.begin() as connection:
-        return sync_models(connection, folder.load())
+        return bring_in_line(connection, folder.load())
 
 
 def kinds(engine: sa.Engine, *names: str) -> dict[str, str]:
