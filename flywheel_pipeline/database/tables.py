@@ -339,8 +339,22 @@ telemetry_rejects = sa.Table(
     sa.Column("status", sa.String(20), nullable=False, server_default="open", comment="open | accepted | discarded"),
     sa.Column("retried_at", Stamp),
     sa.Column("execution_id", sa.String(255), comment="the row it became, once accepted"),
+    sa.Column("decided_at", Stamp, comment="when it was accepted or discarded; null: open, or nobody noted when"),
     sa.UniqueConstraint("source", "line_number", "payload_hash", postgresql_nulls_not_distinct=True),
     sa.CheckConstraint("status IN ('open', 'accepted', 'discarded')", name="status"),
+    sa.Index("telemetry_rejects_open_idx", "source", postgresql_where=sa.text("status = 'open'")),
+)
+
+reject_purges = sa.Table(
+    "reject_purges",
+    metadata,
+    _id(),
+    sa.Column("purged_at", Stamp, nullable=False, server_default=NOW),
+    sa.Column("actor", sa.String(255), nullable=False),
+    sa.Column("decided_before", Stamp, nullable=False, comment="those decided before this went"),
+    sa.Column("accepted", sa.BigInteger, nullable=False, comment="rows purged that had landed by a retry"),
+    sa.Column("discarded", sa.BigInteger, nullable=False, comment="rows purged that had been given up"),
+    comment="Which decided rejects were purged, by whom: the rejects here and these are all there ever were.",
 )
 
 execution_corrections = sa.Table(

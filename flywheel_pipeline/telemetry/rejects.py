@@ -69,6 +69,7 @@ class RejectRow:
     status: Status
     retried_at: datetime | None
     execution_id: str | None
+    decided_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +121,23 @@ def record(
 
 
 def kept_of(connection: psycopg.Connection[Any], source: str, hashes: Sequence[str]) -> tuple[int, set[str]]:
-    """Return the bytes kept of the source's open rejects, and which of these payloads (SHA-256, hex) it has, of no line."""
+    """Return the bytes kept of the source's open rejects, and which of these payloads (SHA-256, hex) it has, of no line.
+
+    Until the caller's transaction ends, whoever else asks for this source waits, and those payloads stay: so what is
+    recorded by this answer keeps the bound however many batches of one source are taken at once.
+    """
+    connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('flywheel:rejects:' || %s, 0))", (source,))
     found = connection.execute(
-        "SELECT coalesce(sum(octet_length(payload)) FILTER (WHERE status = 'open'), 0)::bigint, "
-        "array_agg(payload_hash) FILTER (WHERE line_number IS NULL AND payload_hash = ANY (%s)) "
-        "FROM telemetry_rejects WHERE source = %s",
-        (list(hashes), source),
+        "SELECT coalesce(sum(octet_length(payload)), 0)::bigint FROM telemetry_rejects "
+        "WHERE source = %s AND status = 'open'",
+        (source,),
     ).fetchone()
-    size, known = found or (0, None)
-    return size, set(known or ())
+    known = connection.execute(
+        "SELECT payload_hash FROM telemetry_rejects "
+        "WHERE source = %s AND line_number IS NULL AND payload_hash = ANY (%s) ORDER BY payload_hash FOR NO KEY UPDATE",
+        (source, list(hashes)),
+    )
+    return (found[0] if found else 0), {key for (key,) in known.fetchall()}
 
 
 def list_rejects(connection: sa.Connection, status: Status | None = "open", limit: int | None = 50) -> list[RejectRow]:
@@ -177,7 +186,7 @@ def discard(connection: sa.Connection, ids: Sequence[int]) -> int:
     return connection.execute(
         sa.update(telemetry_rejects)
         .where(telemetry_rejects.c.id.in_(list(ids)), telemetry_rejects.c.status == "open")
-        .values(status="discarded")
+        .values(status="discarded", decided_at=sa.func.clock_timestamp())
     ).rowcount
 
 
@@ -262,7 +271,7 @@ def _retry_batch(
     connection.execute(
         """
         UPDATE telemetry_rejects r
-        SET status = 'accepted', execution_id = n.execution_id, retried_at = clock_timestamp()
+        SET status = 'accepted', execution_id = n.execution_id, retried_at = clock_timestamp(), decided_at = clock_timestamp()
         FROM unnest(%s::bigint[], %s::text[]) AS n (id, execution_id)
         WHERE r.id = n.id AND r.status = 'open'
         """,

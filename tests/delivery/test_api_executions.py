@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,11 +17,14 @@ from agent_http import NDJSON, Api, bearer, enrol, iso, ndjson, post, scalar
 from starlette.testclient import TestClient
 
 from flywheel_pipeline.delivery.api.app import create_app
+from flywheel_pipeline.delivery.api.connections import driver_of, speak_for
 from flywheel_pipeline.delivery.api.limits import Buckets, Limits
-from flywheel_pipeline.delivery.tokens import PREFIX
+from flywheel_pipeline.delivery.tokens import PREFIX, Caller
 from flywheel_pipeline.telemetry import batch
 from flywheel_pipeline.telemetry.aliases import add_site_alias
+from flywheel_pipeline.telemetry.batch import parse_batch, take_batch
 from flywheel_pipeline.telemetry.rejects import discard, retry
+from flywheel_pipeline.telemetry.reporters import Reporter
 
 
 def outcomes(answer: Any) -> list[str]:
@@ -383,6 +389,88 @@ def test_what_an_appliance_has_waiting_among_the_rejects_is_bounded_and_says_so(
         discard(connection, ids[:1])
     api.send(ndjson([b"y" * 400_000]), Content_Type=NDJSON)
     assert scalar(api.engine, "SELECT octet_length(payload) FROM telemetry_rejects ORDER BY id DESC LIMIT 1") == 400_000
+
+
+_MANY_REJECTS = """
+INSERT INTO telemetry_rejects (source, reason_code, reason, payload, payload_bytes, payload_hash, status, decided_at)
+SELECT 'appliance:site-' || CASE WHEN mod(n, 2) = 0 THEN 'a' ELSE 'b' END || '-01', 'invalid_json', 'it is no JSON',
+       convert_to('{' || n, 'UTF8'), length('{' || n), encode(sha256(convert_to('{' || n, 'UTF8')), 'hex'),
+       CASE WHEN n <= 20 THEN 'open' WHEN mod(n, 3) = 0 THEN 'accepted' ELSE 'discarded' END,
+       CASE WHEN n > 20 THEN now() END
+FROM generate_series(1, 40000) AS n
+"""
+
+
+def rejects_read(connection: sa.Connection) -> int:
+    """Rows of the rejects that this transaction read, by whatever way."""
+    return int(
+        connection.exec_driver_sql(
+            "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables "
+            "WHERE relname = 'telemetry_rejects'"
+        ).scalar_one()
+    )
+
+
+def test_a_refused_row_costs_no_more_for_the_rejects_that_were_decided(api: Api, api_login: sa.Engine) -> None:
+    with api.engine.begin() as connection:
+        connection.execute(sa.text(_MANY_REJECTS))
+        connection.exec_driver_sql("ANALYZE telemetry_rejects")
+    caller = Caller(1, "site-a-01", "site-a", frozenset({"site-a"}), checkin_due=False)
+    payloads = [b"{new", b"{2", b"{40000"]  # unknown, open, decided
+    for _ in range(7):  # from the fifth on the plan may be one for any values
+        with api_login.connect() as connection:
+            speak_for(driver_of(connection), caller)
+            parsed = parse_batch(payloads, received_at=datetime.now(UTC))
+            taken = take_batch(
+                driver_of(connection),
+                payloads,
+                parsed,
+                Reporter("site-a-01", caller.sites),
+                received_at=datetime.now(UTC),
+            )
+            assert taken.counts == {"rejected": 3}
+            assert 12 <= rejects_read(connection) < 200  # 10 are open, 19,990 of this source decided
+            plan = "\n".join(
+                connection.exec_driver_sql(
+                    "EXPLAIN SELECT sum(octet_length(payload)) FROM telemetry_rejects "
+                    "WHERE source = 'appliance:site-a-01' AND status = 'open'"
+                ).scalars()
+            )
+            assert "telemetry_rejects_open_idx" in plan
+
+
+def test_batches_taken_at_once_keep_the_bound_to_the_byte(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "KEPT_BYTES", 1 << 20)
+    reporter = Reporter("site-a-01", frozenset({"site-a"}))
+
+    def take(engine: sa.Engine, payload: bytes) -> None:
+        with engine.begin() as connection:
+            now = datetime.now(UTC)
+            take_batch(
+                driver_of(connection), [payload], parse_batch([payload], received_at=now), reporter, received_at=now
+            )
+
+    second = threading.Thread(target=take, args=(api.engine, b"2" + b"x" * 599_999))
+    with api.engine.begin() as first:
+        now = datetime.now(UTC)
+        payload = b"1" + b"x" * 599_999
+        take_batch(driver_of(first), [payload], parse_batch([payload], received_at=now), reporter, received_at=now)
+        second.start()
+        deadline = time.monotonic() + 30
+        with api.engine.connect() as watcher:
+            while second.is_alive() and time.monotonic() < deadline:
+                waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                if watcher.exec_driver_sql(waits).scalar_one():
+                    break
+                watcher.rollback()
+        # Another appliance waits for nobody.
+        api.send(ndjson([b"3" + b"x" * 599_999]), api.b, Content_Type=NDJSON)
+    second.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: take(api.engine, b"%d" % n + b"y" * 199_999), range(10, 18)))
+    kept = "SELECT array_agg(octet_length(payload) ORDER BY octet_length(payload) DESC) FROM telemetry_rejects WHERE source = "
+    assert scalar(api.engine, kept + "'appliance:site-a-01'") == [600_000, 200_001, 200_001, *[1_024] * 7]
+    assert scalar(api.engine, kept + "'appliance:site-b-01'") == [600_000]
 
 
 def test_bytes_have_a_rate_too_also_those_that_are_no_rows(engine: sa.Engine) -> None:

@@ -70,8 +70,13 @@ _OF_THE_UPGRADE: Final = {"execution_telemetry", "touched_cells", "schema_object
 
 
 def serve(engine: sa.Engine) -> None:
-    """Rules, one of them quarantined and one at its second version, their manifests, and commands in every state."""
+    """Rules, one quarantined and one at its second version, their manifests, commands in every state, rejects."""
     with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO telemetry_rejects (source, line_number, reason_code, reason, payload, payload_bytes, payload_hash, status) "
+            "VALUES ('a.ndjson', 1, 'invalid_json', 'no JSON', '{', 1, 'a', 'open'), "
+            "('appliance:site-a-01', NULL, 'invalid_json', 'no JSON', '[', 400, 'b', 'discarded')"
+        )
         fleet = Fleet(connection)
         for appliance in ("site-a-01", "site-a-02", "site-b-01"):
             fleet.appliance(appliance, agent_version="1.0.56" if appliance == "site-b-01" else "1.0.70")
@@ -404,6 +409,7 @@ def test_a_populated_database_of_each_revision_upgrades_under_writers(
     assert migrate.check(empty_engine) == []
     assert migrate.upgrade(empty_engine).changes == ()
     assert {"rule_events", "l1_rules", "appliance_commands", "refresh_batches", "promotion_decisions"} <= taken.keys()
+    assert "telemetry_rejects" in taken
     with engine.connect() as donor, empty_engine.connect() as connection:
         taken["rule_manifests"] = ["rules", "withheld", "manifest_hash", "site_id"]
         taken["appliance_commands"].append("told_at")  # what 0005 concludes
