@@ -115,18 +115,46 @@ def purge(
     ),
     actor: str = typer.Option(..., "--actor", help="Who decides this."),
     yes: bool = typer.Option(False, "--yes", help="Do not ask."),
+    json: bool = typer.Option(False, "--json", help="Print what was deleted as JSON."),
 ) -> None:
-    """Delete old telemetry; its figures stay in the aggregates, sealed. Where FLYWHEEL_ARCHIVE_URL is set, only what it holds."""
+    """Delete old telemetry; its figures stay in the aggregates, sealed. Where FLYWHEEL_ARCHIVE_URL is set, only what it holds.
+
+    Rejects that were decided more than FLYWHEEL_REJECT_DAYS ago go too, whatever the day; open ones stay.
+    """
     from flywheel_pipeline.aggregates.refresh import purge as run
     from flywheel_pipeline.archive.configured import configured_archive
+    from flywheel_pipeline.database.settings import get_settings
+    from flywheel_pipeline.telemetry.rejects import purge as purge_rejects
 
     archive = configured_archive()
+    keep_days = get_settings().reject_days
+    decided = f"rejects decided more than {keep_days} days ago"
     if not yes:
-        typer.confirm(f"Delete all telemetry of days before {before.date()} for ever?", abort=True, err=True)
+        typer.confirm(
+            f"Delete all telemetry of days before {before.date()}, and {decided}, for ever?", abort=True, err=True
+        )
+    engine = open_database()
     with progress("verifying and purging" if archive else "purging"):
-        days = run(open_database(), before=before.date(), actor=actor, archive=archive)
+        days = run(engine, before=before.date(), actor=actor, archive=archive)
+        with engine.begin() as connection:
+            rejects = purge_rejects(connection, keep_days=keep_days, actor=actor)
+    if json:
+        print_json(
+            {
+                "before": before.date(),
+                "rows": sum(days.values()),
+                "days": {str(day): rows for day, rows in days.items()},
+                "rejects": {"keep_days": keep_days, **asdict(rejects)},
+            }
+        )
+        return
     kept = "their figures and the archive stay" if archive else "their figures stay"
     out.print(f"Purged {sum(days.values()):,} rows of {len(days)} days; {kept}.")
+    out.print(
+        f"Purged {rejects.accepted + rejects.discarded:,} {decided}: {rejects.accepted:,} accepted, "
+        f"{rejects.discarded:,} discarded; open ones stay.",
+        soft_wrap=True,
+    )
 
 
 @app.command()

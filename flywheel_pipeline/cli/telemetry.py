@@ -178,7 +178,7 @@ def retry_(
 
 @rejects.command("discard")
 def discard_(ids: list[int] = typer.Argument(..., help="Ids of rejects.")) -> None:
-    """Close rejected rows for good; their payload stays on record."""
+    """Close rejected rows for good; their payload stays on record until a purge."""
     from flywheel_pipeline.telemetry.rejects import discard
 
     with open_database().begin() as connection:

@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     execute_within_hours: float = Field(default=14 * 24.0, gt=0)
     settle_within_hours: float = Field(default=48.0, gt=0)
     run_days: int = Field(default=30, ge=1, le=3650)  # of Dagster's finished runs, with their event logs
+    reject_days: int = Field(default=90, ge=1, le=3650)  # of rejects since they were decided; open ones stay
     run_launcher: Literal["default", "celery", "k8s"] = "default"
     executor: Literal["in_process", "multiprocess", "k8s"] = "in_process"
     run_slots: int = Field(default=4, ge=1, le=1000)

@@ -1,6 +1,6 @@
 """Rejects: rows that broke the contract, kept with their bytes and the reason until someone decides.
 
-Belongs here: recording, listing, retrying and discarding refused rows. Does not belong here: the reasons
+Belongs here: recording, listing, retrying, discarding and purging refused rows. Does not belong here: the reasons
 themselves (`contract`) and reading files (`intake`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, Final, Literal
 
@@ -17,7 +17,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.rows import class_row
 
-from flywheel_pipeline.database.tables import telemetry_rejects
+from flywheel_pipeline.database.tables import reject_purges, telemetry_rejects
 from flywheel_pipeline.errors import UsageError
 from flywheel_pipeline.telemetry.contract import ParsedRow, Reject, parse_line
 from flywheel_pipeline.telemetry.landing import land
@@ -79,6 +79,15 @@ class RetryReport:
     tried: int
     accepted: int
     refused: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeReport:
+    """What a purge removed: rejects decided before `decided_before`, by what had been decided."""
+
+    decided_before: datetime
+    accepted: int
+    discarded: int
 
 
 def record(
@@ -178,7 +187,7 @@ def retry(engine: sa.Engine, ids: Sequence[int] | None = None, *, now: datetime 
 
 
 def discard(connection: sa.Connection, ids: Sequence[int]) -> int:
-    """Give open rejects up for good; they stay on record. Returns their number.
+    """Give open rejects up for good; they stay on record until a purge. Returns their number.
 
     Raises UsageError when one of `ids` is no open reject; then none is discarded.
     """
@@ -188,6 +197,47 @@ def discard(connection: sa.Connection, ids: Sequence[int]) -> int:
         .where(telemetry_rejects.c.id.in_(list(ids)), telemetry_rejects.c.status == "open")
         .values(status="discarded", decided_at=sa.func.clock_timestamp())
     ).rowcount
+
+
+# A row that somebody else holds is being sent again or looked at: the next purge comes to it.
+_DATE_DECISIONS: Final = """
+WITH undated AS (
+  SELECT id FROM telemetry_rejects WHERE status <> 'open' AND decided_at IS NULL FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE telemetry_rejects AS r
+SET decided_at = CASE r.status WHEN 'accepted' THEN coalesce(r.retried_at, :now) ELSE :now END
+FROM undated AS u WHERE u.id = r.id
+"""
+_PURGE: Final = """
+WITH due AS (
+  SELECT id FROM telemetry_rejects WHERE status <> 'open' AND decided_at < :decided_before FOR UPDATE SKIP LOCKED
+),
+purged AS (
+  DELETE FROM telemetry_rejects AS r USING due AS d WHERE d.id = r.id RETURNING r.status
+)
+SELECT count(*) FILTER (WHERE status = 'accepted') AS accepted, count(*) FILTER (WHERE status = 'discarded') AS discarded
+FROM purged
+"""
+
+
+def purge(connection: sa.Connection, *, keep_days: int, actor: str, now: datetime | None = None) -> PurgeReport:
+    """Remove rejects that were decided more than `keep_days` before `now` (default: the real time); open ones stay.
+
+    How many went, and who said so, is a row of `reject_purges`; nothing is written where none went. The same bytes sent
+    again after that are a new reject, or land. A decision of which nobody noted when counts from the first purge that
+    finds it, an accepted one from its retry.
+    """
+    now = now or datetime.now(UTC)
+    before = now - timedelta(days=keep_days)
+    connection.execute(sa.text(_DATE_DECISIONS), {"now": now})
+    gone = connection.execute(sa.text(_PURGE), {"decided_before": before}).one()
+    if gone.accepted or gone.discarded:
+        connection.execute(
+            sa.insert(reject_purges).values(
+                actor=actor, decided_before=before, accepted=gone.accepted, discarded=gone.discarded
+            )
+        )
+    return PurgeReport(before, gone.accepted, gone.discarded)
 
 
 def _require_open(connection: sa.Connection, ids: Sequence[int]) -> None:

@@ -384,6 +384,55 @@ def test_each_bad_row_goes_to_the_rejects_with_its_line_and_reason_and_the_good_
         ]
 
 
+def test_a_purge_says_how_many_decided_rejects_went_and_the_open_ones_stay(
+    flywheel_writing: Flywheel, played_copy: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.ndjson"
+    bad.write_text("".join(f"{{{n}\n" for n in range(6)))
+    old, recent, undated, fourth, *_ = flywheel_writing("import", bad, "--json").json["reject_ids"]
+    flywheel_writing("rejects", "discard", old, recent, undated, fourth)
+    with played_copy.begin() as connection:
+        for id_, days in ((old, 31), (recent, 29), (fourth, 31)):
+            connection.exec_driver_sql(
+                f"UPDATE telemetry_rejects SET decided_at = now() - interval '{days} days' WHERE id = {id_}"
+            )
+        connection.exec_driver_sql(f"UPDATE telemetry_rejects SET decided_at = NULL WHERE id = {undated}")
+
+    def purge(before: str, *options: str) -> Answer:
+        return flywheel_writing("db", "purge", before, "--actor", "dana", "--yes", *options)
+
+    assert "Purged 0 rejects decided more than 90 days ago: 0 accepted, 0 discarded; open" in purge("2026-01-01").out
+    monkeypatch.setenv("FLYWHEEL_REJECT_DAYS", "0")
+    refused = purge("2026-01-01")
+    assert (refused.code, "FLYWHEEL_REJECT_DAYS" in refused.err) == (2, True)
+    monkeypatch.setenv("FLYWHEEL_REJECT_DAYS", "30")
+    with played_copy.begin() as connection:  # a purge of telemetry that is refused takes no reject either
+        connection.exec_driver_sql("INSERT INTO touched_cells (site_id, day) VALUES ('site-x', '2026-01-01')")
+    assert purge("2026-01-01").code == 1
+    with played_copy.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM touched_cells WHERE site_id = 'site-x'")
+    told = purge("2026-01-01", "--json").json
+    before = told["rejects"].pop("decided_before")
+    assert before[:4].isdigit()
+    assert told == {
+        "before": "2026-01-01",
+        "rows": 0,
+        "days": {},
+        "rejects": {"keep_days": 30, "accepted": 0, "discarded": 2},
+    }
+    with played_copy.begin() as connection:
+        kept = connection.exec_driver_sql("SELECT id, status FROM telemetry_rejects WHERE source = 'bad.ndjson'").all()
+        assert {row.id: row.status for row in kept}.items() >= {recent: "discarded", undated: "discarded"}.items()
+        assert sum(row.status == "open" for row in kept) == 2
+        assert old not in {row.id for row in kept}
+        records = connection.exec_driver_sql("SELECT actor, accepted, discarded FROM reject_purges").all()
+        assert [tuple(record) for record in records] == [("dana", 0, 2)]
+    assert flywheel_writing("doctor").code == 0
+    assert len(flywheel_writing("rejects", "list", "--json").json) == 2
+    gone = flywheel_writing("rejects", "retry", old)
+    assert (gone.code, f"No open reject has the id {old}" in gone.err) == (2, True)
+
+
 def test_a_clean_file_exits_0_and_one_that_is_no_telemetry_is_refused(
     run_command: Flywheel, engine: sa.Engine, environment: Environment, tmp_path: Path
 ) -> None:
