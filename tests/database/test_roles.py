@@ -35,6 +35,7 @@ READ_ONLY_FOR_ALL = {
     "evidence_bundles",
     "execution_telemetry",
     "sealed_days",
+    "reject_purges",
 }
 
 
@@ -142,6 +143,7 @@ def test_every_table_is_somebodys_or_on_the_list_of_those_that_nobody_writes() -
         "scope_quarantines",
         "policy_documents",
         "alert_events",
+        "reject_purges",
     ],
 )
 def test_nobody_updates_or_deletes_what_is_kept_for_auditors(engine: Engine, role: str, table: str) -> None:
@@ -150,6 +152,7 @@ def test_nobody_updates_or_deletes_what_is_kept_for_auditors(engine: Engine, rol
             "execution_corrections": "execution_id",
             "policy_documents": "policy_name",
             "alert_events": "title",
+            "reject_purges": "actor",
         }.get(table, "reason")
         assert refused(connection, f"DELETE FROM {table}")
         assert refused(connection, f"UPDATE {table} SET {column} = 'x'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import threading
 import time
 import zlib
@@ -525,3 +526,24 @@ def test_a_bucket_fills_at_its_rate_and_lets_one_large_batch_through_when_full()
     assert 7.5 < bucket.take("a", 1) <= 8.2  # 80 in debt
     assert bucket.take("b", 20) == 0
     assert 0 < bucket.take("b", 1) <= 0.1
+
+
+# -- what the log says ---------------------------------------------------------------------------------------------
+
+
+def test_what_the_log_says_of_a_failed_statement_holds_no_value_of_a_row_and_no_token(
+    engine: sa.Engine, api_login: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = enrol(engine, "site-a-01", "site-a")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {engine.url.database} SET lock_timeout = '100ms'")
+    caplog.set_level(logging.DEBUG)
+    with TestClient(create_app(api_login, Limits())) as client, engine.connect() as blocker, blocker.begin():
+        blocker.exec_driver_sql("LOCK TABLE execution_telemetry IN SHARE MODE")
+        rows = [post("of-a-clinic", hostname="HOST-OF-A-CLINIC")]
+        answer = client.post("/api/agent/executions", json=rows, headers=bearer(token))
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+    ours = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("flywheel"))
+    assert "the database cannot be used: canceling statement due to lock timeout" in ours
+    for told in (ours, answer.text, caplog.text):
+        assert [word for word in ("of-a-clinic", "HOST-OF", token[4:], "INSERT INTO") if word in told] == []
