@@ -220,7 +220,10 @@ def _engine(url: URL, *, poolclass: type[sa.Pool] | None = None) -> Engine:
         arguments["connect_timeout"] = CONNECT_TIMEOUT_SECONDS
     if not get_settings().prepare_statements:
         arguments["prepare_threshold"] = None  # of psycopg: never
-    engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass)
+    # What a statement was given may name hosts and people; its failure goes into logs and into Dagster's storage.
+    engine = sa.create_engine(
+        url, connect_args=arguments, pool_pre_ping=True, poolclass=poolclass, hide_parameters=True
+    )
     sa.event.listen(engine, "connect", _look_for_the_client)
     return engine
 

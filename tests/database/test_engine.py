@@ -198,6 +198,14 @@ def test_a_password_is_not_printed_with_the_settings() -> None:
     assert "secret" not in repr(settings)
 
 
+def test_the_error_of_a_statement_repeats_none_of_its_values(engine: sa.Engine) -> None:
+    many = [{"value": "HOST-OF-A-CLINIC", "number": number} for number in range(3)]
+    for values in (many[0], many):
+        with pytest.raises(sa.exc.ProgrammingError, match="does not exist") as failed, engine.connect() as connection:
+            connection.execute(sa.text("INSERT INTO no_table VALUES (:value, :number)"), values)
+        assert "HOST-OF" not in "".join(traceback.format_exception(failed.value))
+
+
 def test_the_server_ends_what_a_client_that_is_gone_was_waiting_for(engine: sa.Engine) -> None:
     child = FORK.Process(target=_ask_for_long, args=(engine.url,), daemon=True)
     child.start()
