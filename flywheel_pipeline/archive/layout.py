@@ -1,6 +1,6 @@
 """Where what lies in an archive, and how it is read: `Archive.open(url).manifest(day).files("executions")`.
 
-Belongs here: paths, manifests and their refusals, on any fsspec file system. Does not belong here: the database, Parquet
+Belongs here: paths, manifests and their refusals, on a folder or an object store by fsspec. Does not belong here: the database, Parquet
 (`export.py` writes it), and which days ought to be there (`days.py`).
 
     ROOT/executions/day=YYYY-MM-DD/<generation>-<n>.parquet    immutable, named once
@@ -8,7 +8,8 @@ Belongs here: paths, manifests and their refusals, on any fsspec file system. Do
     ROOT/manifests/YYYY-MM-DD.json                             the only pointer to them
 
 The manifest of a day is written last and replaced in one step, so a day is wholly there or not at all, and a corrected day
-is exchanged as a whole. Files that no manifest names are remains, for `sweep` to remove.
+is exchanged as a whole. Only where a file can be replaced so does an archive lie: by a rename on a folder, by one PUT in an
+object store. Files that no manifest names are remains, for `sweep` to remove.
 
 A day is a UTC day of event time (`execution_telemetry.event_at`), as in the cells. Corrections lie under the day of the
 execution that they corrected.
@@ -59,7 +60,10 @@ _EXAMPLES = "Set FLYWHEEL_ARCHIVE_URL to a folder, or to a URL such as s3://buck
 # One or no slash too: what is misspelt so is taken for a folder, and is shown. Three begin a path of this machine.
 _SCHEME = re.compile(r"\w[\w+.-]+:/{0,2}(?!/)")
 _SHORTEST_SECRET = 4  # characters: what is shorter stands in any text
-_BUCKETS = frozenset({"s3", "gs", "gcs", "abfs", "az", "oss", "oci"})
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az"})
+#: Whose clients replace a file in one step: s3fs, gcsfs and adlfs by one upload, which the store takes whole or not at all.
+#: Clients of WebHDFS, HDFS, FTP, SFTP and SMB write over what is there, and a reader sees half of it.
+_KNOWN = _BUCKETS | {"file", "local", "memory"}  # memory: of this process, for tests
 
 
 class ArchiveFile(BaseModel):
@@ -166,7 +170,7 @@ class Archive:
         Credentials come from the environment, as the file system's own documentation says.
 
         Raises:
-            ArchiveUrlRefused: the URL names no file system that can be used here.
+            ArchiveUrlRefused: the URL names no file system that can be used here, or one that replaces no file in one step.
             ArchiveNotFound: nothing was ever archived there, and `create` is not set.
             ArchiveUnreachable: the file system did not answer.
         """
@@ -181,6 +185,11 @@ class Archive:
         if scheme in ("http", "https", "data", "git", "github", "gist", "zip", "tar", "libarchive", "reference"):
             raise ArchiveUrlRefused(
                 f"The scheme {scheme!r} cannot be written to, so it holds no archive.", hint=_EXAMPLES
+            )
+        if scheme not in _KNOWN:
+            raise ArchiveUrlRefused(
+                f"The scheme {scheme!r} is not known to replace a file in one step, so a reader could see half of a manifest.",
+                hint=f"An archive lies on a folder, which may be mounted, or an object store: {', '.join(sorted(_BUCKETS))}.",
             )
         try:
             fs, root = fsspec.core.url_to_fs(
@@ -225,7 +234,8 @@ class Archive:
         found = []
         for name in self._names(MANIFESTS):
             if match := re.fullmatch(r"(\d{4}-\d\d-\d\d)\.json", name):
-                found.append(dt.date.fromisoformat(match[1]))
+                with contextlib.suppress(ValueError):  # 2026-02-30 is no day, so nobody's manifest
+                    found.append(dt.date.fromisoformat(match[1]))
         return sorted(found)
 
     def manifest(self, day: dt.date) -> DayManifest:

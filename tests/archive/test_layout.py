@@ -5,11 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import sqlalchemy as sa
 from archived_fleet import DAY
@@ -17,6 +24,7 @@ from archived_fleet import DAY
 from flywheel_pipeline.archive import errors
 from flywheel_pipeline.archive.export import export_day
 from flywheel_pipeline.archive.layout import SCHEMA_VERSION, Archive, ArchiveFile, DayManifest
+from flywheel_pipeline.archive.sweep import sweep
 from flywheel_pipeline.errors import ArchiveError
 
 CONTENT = b"The layout asks for bytes and their hash, not for Parquet."
@@ -66,7 +74,13 @@ def setting(**values: Any) -> Callable[[dict[str, Any]], None]:
         ("https://example.org/x", "cannot be written to"),
         ("/", "names no folder"),
         ("file:///", "names no folder"),
-        ("ftp://dana:hunter2@archive.invalid/x", "cannot be used"),
+        ("ftp://dana:hunter2@archive.invalid/x", "'ftp' is not known to replace a file in one step"),
+        ("sftp://dana:hunter2@archive.invalid/x", "'sftp' is not known to replace a file in one step"),
+        ("webhdfs://dana:hunter2@archive.invalid/x", "'webhdfs' is not known to replace a file in one step"),
+        ("hdfs://archive.invalid/x", "'hdfs' is not known to replace a file in one step"),
+        ("smb://dana:hunter2@archive.invalid/x", "'smb' is not known to replace a file in one step"),
+        ("dir://x", "'dir' is not known to replace a file in one step"),
+        ("simplecache::s3://x/y", "no scheme that is known"),
     ],
 )
 def test_a_url_that_cannot_hold_an_archive_is_refused_without_its_password(url: str, words: str) -> None:
@@ -107,6 +121,20 @@ def test_what_a_client_of_an_object_store_says_repeats_no_secret_of_its_url() ->
     told = "".join(traceback.format_exception(refused.value))
     assert "bucket name" in refused.value.message
     assert [secret for secret in ("AKIA1234", "SE+CRET") if secret in told] == []
+
+
+def test_a_client_that_cannot_be_made_is_said_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What s3fs refuses as it is made; its settings come from the environment or a file, as fsspec documents.
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "dana", "username": "dana"})
+    url = "s3://dana:hunter2@bucket/x"
+    with pytest.raises(errors.ArchiveUrlRefused, match="cannot be used: ") as refused:
+        Archive.open(url)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_a_file_with_the_name_of_no_day_is_no_manifest(exported: Archive) -> None:
+    exported.fs.pipe_file(exported.full_path("manifests/2026-02-30.json"), b"{}")
+    assert exported.days() == [DAY]
 
 
 def test_where_nothing_was_archived_there_is_no_archive(archive: Archive) -> None:
@@ -189,3 +217,69 @@ def test_a_manifest_is_replaced_in_one_step(engine: sa.Engine, folder: Archive) 
     folder.publish(folder.manifest(DAY).model_copy(update={"exported_by": "another"}))
     assert folder.manifest(DAY).exported_by == "another"
     assert [path.name for path in Path(folder.root, "manifests").iterdir()] == ["2026-02-02.json"]
+
+
+def test_who_reads_while_a_manifest_is_replaced_sees_the_old_one_or_the_new_one(exported: Archive) -> None:
+    # Of 4 MB, so that a write takes as long as several reads.
+    versions = [exported.manifest(DAY).model_copy(update={"exported_by": letter * 4_000_000}) for letter in "ab"]
+    exported.publish(versions[0])
+    over, read, refused = threading.Event(), [0, 0], []
+
+    def look() -> None:
+        while not over.is_set():
+            try:
+                read["ab".index(exported.read_manifest(DAY).exported_by[0])] += 1
+            except ArchiveError as error:
+                refused.append(error.message[:200])
+
+    readers = [threading.Thread(target=look) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    until = time.monotonic() + 60  # a second here
+    while (min(read) < 10 or sum(read) < 40) and not refused and time.monotonic() < until:
+        for version in reversed(versions):
+            exported.publish(version)
+    over.set()
+    for reader in readers:
+        reader.join()
+    assert refused == []
+    assert min(read) >= 10
+
+
+# The kernel refuses or ends a process that writes more to a file than its limit: the disk is full, or it dies in mid-write.
+PUBLISH_WITHIN = """
+import datetime as dt, resource, signal, sys
+from flywheel_pipeline.archive.layout import Archive
+archive, day = Archive.open(sys.argv[1]), dt.date.fromisoformat(sys.argv[2])
+manifest = archive.manifest(day).model_copy(update={"exported_by": "another " * 10_000})
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL if sys.argv[3] == "dies" else signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+archive.publish(manifest)
+"""
+
+
+@pytest.mark.parametrize("fate", ["dies", "is refused"])
+def test_a_manifest_half_written_leaves_the_old_one_whole(engine: sa.Engine, folder: Archive, fate: str) -> None:
+    export_day(engine, folder, DAY)
+    before = folder.verify(DAY)
+    done = subprocess.run(
+        [sys.executable, "-c", PUBLISH_WITHIN, folder.root, DAY.isoformat(), fate],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    manifests = Path(folder.root, "manifests")
+    remains = [path for path in manifests.iterdir() if path.name != "2026-02-02.json"]
+    if fate == "dies":
+        assert done.returncode == -signal.SIGXFSZ, done.stderr
+        assert [path.stat().st_size for path in remains] == [20_000]  # it was in mid-write
+    else:
+        assert "ArchiveUnreachable" in done.stderr
+        assert "File too large" in done.stderr
+        assert remains == []
+    assert folder.verify(DAY) == before
+    assert folder.days() == [DAY]
+    sweep(engine, folder, grace_hours=0)
+    assert [path.name for path in manifests.iterdir()] == ["2026-02-02.json"]
