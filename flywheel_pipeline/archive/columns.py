@@ -102,7 +102,7 @@ def control_query(table: Table, day: dt.date) -> str:
     alias = sql.SQL(_ALIAS[table])
     parts = [
         sql.SQL("count(*) AS rows"),
-        sql.SQL("coalesce(sum({}.id), 0)::bigint AS ids").format(alias),
+        sql.SQL("coalesce(sum({}.id), 0) AS ids").format(alias),  # numeric: two ids may be more than a bigint
         sql.SQL("count(*) FILTER (WHERE {}) AS odd").format(_odd(table)),
         *(
             sql.SQL("count({}.{}) AS {}").format(alias, sql.Identifier(name), sql.Identifier(name))

@@ -30,6 +30,7 @@ from flywheel_pipeline.archive.stream import day_batches, snapshot_reader
 from flywheel_pipeline.errors import ArchiveError, DatabaseUnavailable
 
 Progress = Callable[[dt.date, int, int], None]
+_SUM = pa.decimal128(38)  # a sum of 64-bit integers wraps in silence
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _agreeing(
     found = dict.fromkeys(control, 0)
     for batch in batches:
         found["rows"] += batch.num_rows
-        found["ids"] += pc.sum(batch.column("id")).as_py() or 0
+        found["ids"] += int(pc.sum(batch.column("id").cast(_SUM)).as_py() or 0)
         for name in columns.nullable_columns(table):
             found[name] += batch.num_rows - batch.column(name).null_count
         yield batch

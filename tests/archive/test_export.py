@@ -67,6 +67,16 @@ def test_every_value_of_every_column_comes_back_exactly(engine: sa.Engine, archi
     assert manifest.columns["executions"]["cost_usd"] == "decimal128(12, 6)"
 
 
+@pytest.mark.parametrize("first", [5 * 10**18, -(2**63), 2**63 - 5])
+def test_ids_whose_sum_is_more_than_a_bigint_add_up(engine: sa.Engine, archive: Archive, first: int) -> None:
+    write(engine, *(row(id=first + number, execution_id=f"large {number}") for number in range(5)))
+    settle(engine)
+    assert export_day(engine, archive, DAY).rows == 5
+    assert archive.verify(DAY).control["executions"]["ids"] == 5 * first + 10
+    with engine.connect() as connection:
+        assert in_archive(archive, "executions") == in_postgresql(connection, "executions")
+
+
 def test_the_columns_of_this_schema_version_are_these() -> None:
     # Another column or type is another SCHEMA_VERSION, which older releases refuse to read.
     assert SCHEMA_VERSION == 1
