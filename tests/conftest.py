@@ -129,6 +129,17 @@ def empty_engine(server: EmbeddedServer) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
+def impatient(engine: sa.Engine) -> sa.Engine:
+    """`engine` on a server that ends a transaction which stands idle for 300 ms."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %%I SET idle_in_transaction_session_timeout = 300', current_database()); END $$"
+        )
+    engine.dispose()  # the setting holds for new sessions
+    return engine
+
+
+@pytest.fixture
 def database_url(engine: sa.Engine) -> str:
     """URL, with password if any, of the database of `engine`, as FLYWHEEL_DATABASE_URL takes it."""
     return engine.url.render_as_string(hide_password=False)

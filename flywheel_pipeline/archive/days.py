@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.archive.errors import DayNotArchived
 from flywheel_pipeline.archive.layout import Archive, DayManifest
+from flywheel_pipeline.database.limits import let_idle
 from flywheel_pipeline.errors import ArchiveError
 
 
@@ -99,6 +100,7 @@ def day_states(
     Raises:
         ArchiveUnreachable: the file system did not answer.
     """
+    let_idle(connection)
     archived = archive.days() if archive is not None else []
     rows = connection.execute(sa.text(_DAYS), {"archived": archived}).all()
     closed_before = today - dt.timedelta(days=after_days)
@@ -189,6 +191,8 @@ def give_version(engine: sa.Engine, day: dt.date) -> None:
 def exclude_others(connection: sa.Connection) -> None:
     """Keep exports, sweeps and purges out to the end of the transaction, waiting for one at work; writers and refreshes go on.
 
-    It takes no snapshot: said first in a transaction, whatever the one before committed is seen.
+    It takes no snapshot: said first in a transaction, whatever the one before committed is seen. The transaction may stand idle:
+    ended while the archive is written or swept, it would let others in.
     """
+    let_idle(connection)
     connection.exec_driver_sql("LOCK TABLE day_versions IN SHARE UPDATE EXCLUSIVE MODE")

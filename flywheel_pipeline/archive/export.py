@@ -27,7 +27,8 @@ from flywheel_pipeline.archive.errors import NothingToArchive, NotRepresentable
 from flywheel_pipeline.archive.layout import SCHEMA_VERSION, TABLES, Archive, DayManifest, Table
 from flywheel_pipeline.archive.parquet import ParquetFiles, write_batches
 from flywheel_pipeline.archive.stream import day_batches, snapshot_reader
-from flywheel_pipeline.errors import ArchiveError, DatabaseUnavailable
+from flywheel_pipeline.database.limits import broken_off
+from flywheel_pipeline.errors import ArchiveError
 
 Progress = Callable[[dt.date, int, int], None]
 _SUM = pa.decimal128(38)  # a sum of 64-bit integers wraps in silence
@@ -110,13 +111,16 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
         NotRepresentable: a row holds a value that no column of the archive can hold.
         ArchiveUnreachable: the file system refused a file.
         ArchiveError: what was written does not add up to what PostgreSQL counted.
+        DatabaseUnavailable: the database broke it off; the archive holds what it held before.
     """
     begun = time.monotonic()
     days.give_version(engine, day)
-    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
+    with (
+        broken_off("export", "The archive holds a whole day, the one before or this one; export again."),
+        engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection,
+        connection.begin(),
+    ):
         days.exclude_others(connection)  # before the snapshot: what the one before did is seen
-        # It waits while the rows come through another connection.
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         version = _version(connection, day)
         control = {table: _control(connection, table, day) for table in TABLES}
         snapshot = connection.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one()
@@ -151,7 +155,7 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
             columns={table: columns.described(table) for table in TABLES},
             control={table: control[table] for table in TABLES},
         )
-        _still_excluding(connection)
+        connection.exec_driver_sql("SELECT 1")  # it still has its lock: nobody has exported or purged meanwhile
         archive.publish(manifest)
     return DayExport(
         day,
@@ -163,17 +167,6 @@ def export_day(engine: sa.Engine, archive: Archive, day: dt.date, *, progress: P
         time.monotonic() - begun,
         replaced,
     )
-
-
-def _still_excluding(connection: sa.Connection) -> None:
-    """Refuse where the transaction that holds the lock is gone: somebody may have exported or purged meanwhile."""
-    try:
-        connection.exec_driver_sql("SELECT 1")
-    except sa.exc.OperationalError as error:
-        raise DatabaseUnavailable(
-            f"The database broke off the export: {str(error.orig).strip().splitlines()[0].rstrip('.')}.",
-            hint="Nothing was changed in the archive; export again.",
-        ) from error
 
 
 def _version(connection: sa.Connection, day: dt.date) -> str:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from flywheel_pipeline.archive.days import not_current
 from flywheel_pipeline.archive.errors import NotSafelyArchived
 from flywheel_pipeline.archive.layout import Archive, DayManifest
+from flywheel_pipeline.database.limits import let_idle
 from flywheel_pipeline.errors import ArchiveError
 
 
@@ -24,6 +25,7 @@ def verify_before(connection: sa.Connection, archive: Archive, before: dt.date) 
     Raises:
         NotSafelyArchived: a day is not in the archive, or not as it was written.
     """
+    let_idle(connection)
     days = connection.execute(
         sa.text(
             "SELECT DISTINCT (event_at AT TIME ZONE 'UTC')::date AS day FROM execution_telemetry "

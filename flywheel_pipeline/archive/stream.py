@@ -53,6 +53,8 @@ def snapshot_reader(url: URL, snapshot: str) -> Iterator[Any]:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
                 cursor.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)).as_string(None))
                 cursor.execute("SET LOCAL jit = off")
+                # It waits while files are written: `database.limits.let_idle`, on a connection of another driver.
+                cursor.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             yield connection
     except (adbc_driver_manager.OperationalError, adbc_driver_manager.InternalError) as error:
         raise _broken_off(error) from error

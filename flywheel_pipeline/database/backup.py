@@ -31,6 +31,7 @@ import sqlalchemy as sa
 from flywheel_pipeline import __version__
 from flywheel_pipeline.database import declared
 from flywheel_pipeline.database.embedded import client_programs
+from flywheel_pipeline.database.limits import let_idle
 from flywheel_pipeline.database.tables import metadata
 from flywheel_pipeline.errors import DatabaseUnavailable, FlywheelError, SchemaMismatch, UsageError
 
@@ -80,6 +81,7 @@ def backup(engine: sa.Engine, path: Path, *, progress: Progress | None = None) -
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     # The description is of the dump's own snapshot: this transaction exports it, and pg_dump works in it.
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection, connection.begin():
+        let_idle(connection)
         revision = declared.revision(connection)
         if revision is None:
             raise SchemaMismatch("The database holds no Flywheel schema.", hint="There is nothing to back up here.")

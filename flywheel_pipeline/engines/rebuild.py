@@ -15,9 +15,14 @@ import sqlalchemy as sa
 
 from flywheel_pipeline.aggregates.refresh import CHUNK_CELLS, RefreshReport, cells_by_day, lock_refresh, refresh, touch
 from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.database.limits import broken_off, let_idle
 from flywheel_pipeline.engines.work import Computation
 from flywheel_pipeline.sql_models.loader import load_models
 
+_LIMIT = (
+    "These days' cells are as they were, those before them are done. Where it is a limit, lift it for this login "
+    "(ALTER ROLE … SET statement_timeout = 0), then rebuild again."
+)
 _SEALED = """
 SELECT day FROM sealed_days
 WHERE archived_generation IS NOT NULL
@@ -60,6 +65,7 @@ def rebuild(
     Raises:
         EngineError, NotPortable: the engine cannot be used, or failed.
         ArchiveError: the archive is not whole.
+        DatabaseUnavailable: the database broke it off; the chunk's cells are as they were.
     """
     graph = load_models()
     computation.check(graph)
@@ -71,7 +77,7 @@ def rebuild(
     total, done = sum(days.values()), 0
     reports: list[RefreshReport] = []
     for chunk in _chunks(sorted(days), days, chunk_cells):
-        with engine.begin() as connection:
+        with broken_off("rebuild", _LIMIT), engine.begin() as connection:
             lock_refresh(connection)
             touch_days(connection, computation.archive, chunk[0], chunk[-1], site=site)
             reports.append(refresh(connection, graph, whole_rollups=True, computation=computation))
@@ -85,6 +91,7 @@ def touch_days(
     connection: sa.Connection, archive: Archive | None, from_day: dt.date, to_day: dt.date, *, site: str | None = None
 ) -> int:
     """Touch the cells of these days, those of purged days by what the archive has of them too; return how many."""
+    let_idle(connection)
     touched = touch(connection, site=site, from_day=from_day, to_day=to_day)
     for day in _sealed_days(connection, archive, from_day, to_day):
         assert archive is not None  # noqa: S101

@@ -14,6 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.database.limits import let_idle
 from flywheel_pipeline.engines.dialects import preamble
 from flywheel_pipeline.engines.job import ComputeEngine, Job
 from flywheel_pipeline.engines.landing import land
@@ -57,6 +58,7 @@ def compute_scope(
     Raises:
         EngineError, ArchiveError: nothing is set then; the caller's transaction is to be rolled back.
     """
+    let_idle(connection)
     plan = build_plan(graph, computation.engine.dialect)
     scratch = Path(tempfile.mkdtemp(prefix="flywheel-engine-"))
     try:

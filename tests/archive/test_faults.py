@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from archived_fleet import DAY, GRAPH, NOON, TODAY, in_archive, in_postgresql, row, settle, state_of, write
+from fsspec.implementations.local import LocalFileSystem
 
-from flywheel_pipeline.aggregates.refresh import refresh
+from flywheel_pipeline.aggregates.refresh import purge, refresh
 from flywheel_pipeline.archive.days import State, day_states, exclude_others
 from flywheel_pipeline.archive.errors import NothingToArchive
 from flywheel_pipeline.archive.export import export_day, export_due
@@ -233,6 +235,53 @@ def test_the_pipelines_role_may_export_and_a_reader_may_not(engine: sa.Engine, f
             export_day(other, folder, DAY)
         other.dispose()
     assert folder.verify(DAY).rows == 1
+
+
+class SlowFolder(LocalFileSystem):
+    """Files that take their time, as those of a far-away store do."""
+
+    def open(self, *args: Any, **options: Any) -> Any:
+        time.sleep(0.7)
+        return super().open(*args, **options)
+
+    def rm_file(self, path: str) -> None:
+        time.sleep(0.7)
+        super().rm_file(path)
+
+
+def test_a_server_that_ends_idle_transactions_lets_the_archive_take_its_time(
+    impatient: sa.Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(tmp_path, "archive").mkdir()
+    slow = Archive(SlowFolder(), str(tmp_path / "archive"), "a slow folder")
+    for number in range(3):
+        write(impatient, row(at=NOON + dt.timedelta(days=number), execution_id=f"e-{number}"))
+    with impatient.begin() as connection:  # so that corrections are read after the executions were written
+        connection.exec_driver_sql("UPDATE execution_telemetry SET success = false")
+    settle(impatient)
+    assert len(export_due(impatient, slow, today=TODAY, after_days=1).exported) == 3
+    export_day(impatient, slow, DAY)
+    assert state_of(impatient, slow).state is State.ARCHIVED
+    assert len(sweep(impatient, slow, grace_hours=0)) == 2
+    purge(impatient, before=DAY + dt.timedelta(days=2), actor="test", archive=slow)
+    assert state_of(impatient, slow).state is State.SEALED
+    assert caplog.records == []  # of SQLAlchemy's pool: a connection was dead when it came back
+
+
+@pytest.mark.parametrize("limit", ["transaction_timeout", "statement_timeout"])
+def test_an_export_that_a_limit_of_the_server_ends_is_one_sentence(
+    engine: sa.Engine, folder: Archive, limit: str
+) -> None:
+    write(engine, row())
+    settle(engine)
+    limited = open_engine(engine.url.update_query_dict({"options": f"-c{limit}=600"}))
+    with engine.begin() as held:
+        if limit == "statement_timeout":  # the export waits for this one
+            exclude_others(held)
+        with pytest.raises(DatabaseUnavailable, match=f"broke off the export: .*due to {limit.replace('_', ' ')}"):
+            export_day(limited, folder, DAY, progress=lambda *_: time.sleep(1.5))
+    limited.dispose()
+    assert folder.days() == []
 
 
 def test_an_export_that_lost_its_lock_is_not_published(engine: sa.Engine, folder: Archive) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from flywheel_pipeline.aggregates.refresh import pending_cells, refresh
 from flywheel_pipeline.database import migrate
-from flywheel_pipeline.database.backup import backup, describing, restore
+from flywheel_pipeline.database.backup import backup, describing, read_description, restore
 from flywheel_pipeline.database.embedded import EmbeddedServer, client_programs
 from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.database.tables import execution_telemetry
@@ -168,6 +168,11 @@ def dumping(connection: sa.Connection, *, waits: bool) -> list[int]:
             return pids
         time.sleep(0.01)
     return []
+
+
+def test_a_server_that_ends_idle_transactions_lets_a_dump_take_its_time(impatient: Engine, tmp_path: Path) -> None:
+    made = backup(impatient, tmp_path / "a.dump", progress=lambda _: time.sleep(0.8))
+    assert read_description(tmp_path / "a.dump") == made
 
 
 def test_a_failed_dump_leaves_no_file(engine: Engine, tmp_path: Path) -> None:

@@ -7,24 +7,31 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 from digits import NOON, contents, differences, empty, row, write
 
 from flywheel_pipeline.aggregates import refresh
+from flywheel_pipeline.aggregates.refresh import lock_refresh
 from flywheel_pipeline.archive.errors import ArchivedFileLost, DayNotArchived, ManifestFromTheFuture
 from flywheel_pipeline.archive.export import export_due
 from flywheel_pipeline.archive.layout import Archive
+from flywheel_pipeline.database.engine import open_engine
 from flywheel_pipeline.engines.choose import chosen_computation
 from flywheel_pipeline.engines.duck import DuckEngine
 from flywheel_pipeline.engines.errors import EngineError, EngineNotInstalled, EngineUnreachable
+from flywheel_pipeline.engines.job import Job
+from flywheel_pipeline.engines.plan import Step
 from flywheel_pipeline.engines.rebuild import rebuild
 from flywheel_pipeline.engines.spark import SparkEngine, check_master
 from flywheel_pipeline.engines.work import Computation
-from flywheel_pipeline.errors import FlywheelError, UsageError
+from flywheel_pipeline.errors import DatabaseUnavailable, FlywheelError, UsageError
 
 DAYS = [NOON + dt.timedelta(days=n) for n in range(4)]
 TODAY = DAYS[-1].date()  # the last of them is open
@@ -133,6 +140,40 @@ def test_purged_days_without_their_archive_are_refused_or_left_alone(
     other = Archive.open(tmp_path / "other", create=True)
     said = _refused(engine, Computation(DuckEngine(), other), DayNotArchived)
     assert said.startswith(f"{DAYS[0].date()} is not in the archive")
+
+
+class SlowEngine(DuckEngine):
+    """DuckDB with more to compute than here: a second passes before its first row."""
+
+    def compute(self, job: Job) -> Iterator[tuple[Step, Iterator[pa.RecordBatch]]]:
+        time.sleep(1)
+        yield from super().compute(job)
+
+
+def test_a_server_that_ends_idle_transactions_lets_an_engine_take_its_time(
+    impatient: sa.Engine, archived: Archive
+) -> None:
+    assert differences(impatient, SlowEngine(), archived) == {}
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("statement_timeout", "canceling statement due to statement timeout"),
+        ("lock_timeout", "canceling statement due to lock timeout"),
+        ("transaction_timeout", "terminating connection due to transaction timeout"),
+    ],
+)
+def test_what_a_limit_of_the_server_ends_is_one_sentence_and_nothing_is_written(
+    engine: sa.Engine, archived: Archive, limit: str, said: str
+) -> None:
+    limited = open_engine(engine.url.update_query_dict({"options": f"-c{limit}=500"}))
+    with engine.begin() as held:
+        if limit != "transaction_timeout":  # the chunk waits: for so long, or for this lock
+            lock_refresh(held)
+        message = _refused(limited, Computation(SlowEngine(), archived), DatabaseUnavailable)
+    assert message == f"The database broke off the rebuild: {said}."
+    limited.dispose()
 
 
 def test_masters_that_are_none_or_do_not_answer_are_refused_at_once(engine: sa.Engine, archived: Archive) -> None:
