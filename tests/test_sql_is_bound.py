@@ -324,8 +324,11 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("engines/duck.py", "compute"): ({"step.sql"}, MODELS),
     ("engines/duck.py", "prepare"): ({"telemetry_select()"}, "columns of execution_telemetry that the models read"),
     ("engines/landing.py", "land"): ({"table", "typed"}, "callers are judged themselves"),
-    ("engines/source.py", "export_live"): ({"name"}, "columns of execution_telemetry that the models read"),
-    ("engines/source.py", "reference"): ({"column", "name"}, OWN_TABLES),
+    ("engines/source.py", "export_live"): (
+        {"name", "_within()"},
+        "columns of execution_telemetry that the models read",
+    ),
+    ("engines/source.py", "reference"): ({"column", "name", "_within()"}, OWN_TABLES),
     ("engines/source.py", "scope_table"): ({"name"}, TEMPORARY),
     ("engines/work.py", "compute_scope"): ({"step.name"}, TEMPORARY),
     ("report/overview.py", "_volume"): ({"within_day()"}, PERIOD),

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from flywheel_pipeline.archive.layout import Archive, ArchiveFile
 from flywheel_pipeline.engines.dialects import Dialect
-from flywheel_pipeline.engines.plan import Plan, Step
+from flywheel_pipeline.engines.plan import TIME_COLUMNS, Plan, Step
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,6 @@ class ComputeEngine(Protocol):
         Raises:
             EngineError: it failed; nothing was written outside the scratch folder.
         """
-
-
-TIME_COLUMNS = frozenset({"started_at", "completed_at", "created_at", "reported_at", "event_at"})
 
 
 def telemetry_select(columns: tuple[str, ...]) -> str:

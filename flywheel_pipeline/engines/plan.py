@@ -26,6 +26,10 @@ from flywheel_pipeline.sql_models.cells import shared_views, view_columns
 from flywheel_pipeline.sql_models.loader import TELEMETRY, ModelGraph, SqlModel, columns_read, telemetry_columns
 
 _PARTIAL = "partial_"
+TIME_COLUMNS = frozenset({"started_at", "completed_at", "created_at", "reported_at", "event_at"})
+#: The database refuses an execution of before 0001-01-02 or after 9999-12-30 by these (`flywheel_refuse_days`).
+_OF_THE_CALENDAR = frozenset({"started_at", "event_at"})
+_COMPARISONS = (exp.LT, exp.LTE, exp.GT, exp.GTE, exp.EQ, exp.NEQ)
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an engine does, in order, and what it reads: columns of telemetry, and of small tables of PostgreSQL."""
+    """What an engine does, in order, and what it reads: columns of telemetry, and of small tables of PostgreSQL.
+
+    `compared`: times of telemetry that are only held against the start or the event time, which lie within the calendar;
+    so the first and the last moment of it stand for all before and after.
+    """
 
     dialect: Dialect
     steps: tuple[Step, ...]
     telemetry: tuple[str, ...]
     references: Mapping[str, tuple[str, ...]]
+    compared: frozenset[str]
 
     @property
     def landing(self) -> tuple[Step, ...]:
@@ -83,6 +92,7 @@ def _build(graph: ModelGraph, models: tuple[SqlModel, ...], dialect: Dialect) ->
     chosen = [model for model in models if model.cell == "day"]
     bodies: list[SqlModel] = []
     named: set[str] = set()
+    valued: set[str] = set()
     steps: list[Step] = []
     for view in shared:
         keep = [*view_columns(graph, view)]
@@ -90,6 +100,7 @@ def _build(graph: ModelGraph, models: tuple[SqlModel, ...], dialect: Dialect) ->
         steps.append(Step(view.name, _checked(view, tree, dialect), frozenset(_made(view, steps))))
         bodies.append(view)
         named |= {column.name for column in tree.find_all(exp.Column)}
+        valued |= _valued(tree)
     taken_apart: set[str] = set()
     for model in chosen:
         for upstream in sorted(taken_apart & model.dependencies):
@@ -97,6 +108,7 @@ def _build(graph: ModelGraph, models: tuple[SqlModel, ...], dialect: Dialect) ->
         tree = _tree(graph, model, shared, schema)
         bodies += [model, *(m for m in graph.inlined_path(model) if m.materialized == "view" and m not in shared)]
         named |= {column.name for column in tree.find_all(exp.Column)}
+        valued |= _valued(tree)
         part, last = _apart(tree)
         if last is not None:
             taken_apart.add(model.name)
@@ -117,7 +129,20 @@ def _build(graph: ModelGraph, models: tuple[SqlModel, ...], dialect: Dialect) ->
         for name in sorted(read - {TELEMETRY} - set(graph.models))
     }
     telemetry = tuple(column for column in telemetry_columns(bodies) if column in named)
-    return Plan(dialect, tuple(steps), telemetry, references)
+    return Plan(dialect, tuple(steps), telemetry, references, TIME_COLUMNS - valued)
+
+
+def _valued(tree: exp.Expr) -> set[str]:
+    """The columns of which a tree wants more than how they stand to a time of the calendar."""
+    return {column.name for column in tree.find_all(exp.Column) if not _is_compared(column)}
+
+
+def _is_compared(column: exp.Column) -> bool:
+    comparison = column.parent
+    if not isinstance(comparison, _COMPARISONS):
+        return False
+    other = comparison.expression if comparison.this is column else comparison.this
+    return isinstance(other, exp.Column) and other.name in _OF_THE_CALENDAR
 
 
 def _made(model: SqlModel, steps: Iterable[Step]) -> set[str]:

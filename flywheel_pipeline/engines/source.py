@@ -13,6 +13,7 @@ import datetime as dt
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -25,7 +26,7 @@ from flywheel_pipeline.archive.layout import Archive, ArchiveFile
 from flywheel_pipeline.database import tables
 from flywheel_pipeline.engines.dialects import Casing
 from flywheel_pipeline.engines.errors import DatabaseNotPortable, EngineError
-from flywheel_pipeline.engines.job import TIME_COLUMNS
+from flywheel_pipeline.engines.plan import TIME_COLUMNS, Plan
 
 #: Above that, a table is none to carry to an engine with every job.
 REFERENCE_ROWS = 1_000_000
@@ -42,6 +43,10 @@ COPY (
   JOIN scope_live AS s ON s.site_id = t.site_id AND s.day = (t.event_at AT TIME ZONE 'UTC')::date
 ) TO STDOUT (FORMAT csv)
 """
+_FIRST, _LAST = "'0001-01-01 00:00+00'::timestamptz", "'9999-12-31 23:59:59.999999+00'::timestamptz"
+_ODD = "odd"
+_BLOCK_BYTES = 8 << 20
+_INSTEAD = "Correct that row, or compute these days with FLYWHEEL_ENGINE=postgres."
 _FOLDED = """
 SELECT string_agg(chr(i), '' ORDER BY i), string_agg({fold}(chr(i)), '' ORDER BY i)
 FROM generate_series(1, 131071) AS i WHERE i NOT BETWEEN 55296 AND 57343 AND {fold}(chr(i)) <> chr(i)
@@ -85,10 +90,14 @@ def archived_files(connection: sa.Connection, archive: Archive | None) -> tuple[
     return tuple(files), live
 
 
-def export_live(connection: sa.Connection, days: Iterable[dt.date], columns: tuple[str, ...], target: Path) -> int:
+def export_live(connection: sa.Connection, days: Iterable[dt.date], plan: Plan, target: Path) -> int:
     """Write the rows of the site-days of `scope_input` on these days to one Parquet file; return how many.
 
-    Nothing is written where there are none.
+    Nothing is written where there are none. A time beyond the years 1 to 9999 is given as the first or last moment of them
+    where no model tells the difference.
+
+    Raises:
+        EngineError: a row holds a value that no engine reads as PostgreSQL does, or that is too long for one.
     """
     connection.exec_driver_sql("CREATE TEMP TABLE scope_live (site_id text, day date) ON COMMIT DROP")
     connection.execute(
@@ -96,9 +105,17 @@ def export_live(connection: sa.Connection, days: Iterable[dt.date], columns: tup
         {"days": list(days)},
     )
     connection.exec_driver_sql("ANALYZE scope_live")
-    declared = tables.execution_telemetry.columns
+    columns, declared = plan.telemetry, tables.execution_telemetry.columns
     kinds = {name: pa.timestamp("us") if name in TIME_COLUMNS else arrow_type(declared[name]) for name in columns}
-    parts = [f"(t.{name} AT TIME ZONE 'UTC')" if name in TIME_COLUMNS else f"t.{name}" for name in columns]
+    parts, odd = [], []
+    for name in columns:
+        parts.append(_within(f"t.{name}") if name in TIME_COLUMNS else f"t.{name}")
+        if name in TIME_COLUMNS - plan.compared:
+            odd.append(f"WHEN t.{name} NOT BETWEEN {_FIRST} AND {_LAST} THEN '{name} '")
+        elif pa.types.is_decimal(kinds[name]):
+            odd.append(f"WHEN t.{name} = 'NaN' THEN '{name} '")
+    # Empty but for such a row, of which it has the column and the name: seen in passing, for a byte a row.
+    parts.append(f"CASE {' '.join(odd)} END || t.execution_id" if odd else "NULL")
     driver = connection.connection.driver_connection
     assert driver is not None  # noqa: S101
     rows = 0
@@ -106,25 +123,44 @@ def export_live(connection: sa.Connection, days: Iterable[dt.date], columns: tup
     with driver.cursor() as cursor, cursor.copy(_LIVE.format(columns=", ".join(parts))) as copy:
         stream = io.BufferedReader(_Chunks(iter(copy)), 1 << 20)
         if stream.peek(1):
-            reader = pacsv.open_csv(
-                stream,
-                pacsv.ReadOptions(column_names=list(columns), block_size=8 << 20),
-                pacsv.ParseOptions(newlines_in_values=True),
-                pacsv.ConvertOptions(
-                    column_types=kinds,
-                    null_values=[""],
-                    true_values=["t"],
-                    false_values=["f"],
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=False,
-                ),
-            )
-            with pq.ParquetWriter(target, reader.schema, compression="zstd") as writer:
-                for batch in reader:
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
+            try:
+                rows = _write(stream, kinds, target)
+            except pa.ArrowInvalid as error:
+                said = str(error).splitlines()[0].rstrip(".")
+                if "straddling" in said:  # Arrow's word for a row that is longer than a block
+                    said = f"one is longer than {_BLOCK_BYTES >> 20} MB"
+                raise EngineError(
+                    f"Rows of these days cannot be handed to an engine: {said}.", hint=_INSTEAD
+                ) from error
     connection.exec_driver_sql("SET LOCAL enable_nestloop TO DEFAULT")
     connection.exec_driver_sql("DROP TABLE pg_temp.scope_live")
+    return rows
+
+
+def _write(stream: Any, kinds: dict[str, pa.DataType], target: Path) -> int:
+    reader = pacsv.open_csv(
+        stream,
+        pacsv.ReadOptions(column_names=[*kinds, _ODD], block_size=_BLOCK_BYTES),
+        pacsv.ParseOptions(newlines_in_values=True),
+        pacsv.ConvertOptions(
+            column_types={**kinds, _ODD: pa.string()},
+            null_values=[""],
+            true_values=["t"],
+            false_values=["f"],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+    rows = 0
+    with pq.ParquetWriter(target, pa.schema(list(kinds.items())), compression="zstd") as writer:
+        for batch in reader:
+            odd = batch.column(_ODD).drop_null()
+            if len(odd):
+                column, _, execution = odd[0].as_py().partition(" ")
+                what = "NaN" if pa.types.is_decimal(kinds[column]) else "a time outside the years 1 to 9999"
+                raise EngineError(f"The row {execution} has {what} for {column}, which no engine holds.", hint=_INSTEAD)
+            writer.write_batch(batch.select(list(kinds)))
+            rows += batch.num_rows
     return rows
 
 
@@ -150,6 +186,11 @@ class _Chunks(io.RawIOBase):
         return size
 
 
+def _within(time: str) -> str:
+    """A time in UTC without a zone; the first or last moment that can be said for one beyond it, and null for null."""
+    return f"(CASE WHEN {time} < {_FIRST} THEN {_FIRST} WHEN {time} > {_LAST} THEN {_LAST} ELSE {time} END AT TIME ZONE 'UTC')"
+
+
 def reference(connection: sa.Connection, name: str, columns: tuple[str, ...]) -> pa.Table:
     """Return these columns of a small table; times as UTC without a zone, infinity as the first or last that can be said.
 
@@ -164,9 +205,7 @@ def reference(connection: sa.Connection, name: str, columns: tuple[str, ...]) ->
     for column, kind in kinds.items():
         if pa.types.is_timestamp(kind):
             kinds[column] = pa.timestamp("us")
-            parts.append(
-                f"least(greatest({column}, '0001-01-01 00:00+00'), '9999-12-31 23:59:59.999999+00') AT TIME ZONE 'UTC'"
-            )
+            parts.append(_within(column))
         else:
             parts.append(column)
     found = connection.exec_driver_sql(

@@ -64,7 +64,7 @@ def compute_scope(
     try:
         files, live_days = archived_files(connection, computation.archive)
         live = scratch / "live.parquet"
-        if not live_days or not export_live(connection, live_days, plan.telemetry, live):
+        if not live_days or not export_live(connection, live_days, plan, live):
             live = None  # type: ignore[assignment]
         tables = {name: reference(connection, name, columns) for name, columns in plan.references.items()}
         tables["scope_days"] = scope_table(connection, "scope_days")

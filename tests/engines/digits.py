@@ -111,6 +111,31 @@ def write(engine: sa.Engine, rows: list[dict[str, Any]]) -> None:
         connection.execute(sa.insert(execution_telemetry).values(rows))
 
 
+#: Ends of executions that no other engine can say, or only just.
+ODD_ENDS = [
+    "infinity", "-infinity", "294276-12-31 23:59:59+00", "12026-02-02 00:00+00", "9999-12-31 23:59:59.999999+00", "0001-01-01 00:00+00",
+    "0044-03-15 12:00+00 BC", "4713-01-01 00:00+00 BC",
+]  # fmt: skip
+
+
+def write_odd_ends(engine: sa.Engine) -> None:
+    """An execution for each odd end, and one at the ends of the calendar's days that are allowed."""
+    write(engine, [row(execution_id=f"end {number}", hostname=f"h-{number}") for number in range(len(ODD_ENDS))])
+    edges = (dt.datetime(1, 1, 2, tzinfo=dt.UTC), dt.datetime(9999, 12, 30, 23, 59, 59, 999999, tzinfo=dt.UTC))
+    write(engine, [row(at=at, created_at=at, execution_id=f"edge {at.year}") for at in edges])
+    with engine.begin() as connection:
+        for number, end in enumerate(ODD_ENDS):
+            connection.execute(
+                sa.text(
+                    "UPDATE execution_telemetry SET completed_at = CAST(:end AS timestamptz) WHERE execution_id = :id"
+                ),
+                {"end": end, "id": f"end {number}"},
+            )
+        connection.exec_driver_sql(
+            "UPDATE execution_telemetry SET completed_at = '-infinity' WHERE execution_id LIKE 'edge%%'"
+        )
+
+
 ODD_TEXT = st.sampled_from(
     [
         "", " ", "plain", "ÄÖÜ straße", "İstanbul ı", "ΣΊΣΥΦΟΣ ς", "𐐀𐐨 Deseret", "K Kelvin", "ﬃ ligature", "e\u0301 é",

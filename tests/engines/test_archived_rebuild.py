@@ -142,6 +142,28 @@ def test_purged_days_without_their_archive_are_refused_or_left_alone(
     assert said.startswith(f"{DAYS[0].date()} is not in the archive")
 
 
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "12026-02-02 00:00+00", "0044-03-15 12:00+00 BC"])
+def test_a_row_that_no_engine_can_hold_is_named_and_nothing_is_written(
+    engine: sa.Engine, archived: Archive, moment: str
+) -> None:
+    write(engine, [row(at=DAYS[3], execution_id="odd one")])
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "UPDATE execution_telemetry SET created_at = CAST(:at AS timestamptz) WHERE execution_id = 'odd one'"
+            ),
+            {"at": moment},
+        )
+    said = _refused(engine, Computation(DuckEngine(), archived), EngineError)
+    assert said == "The row odd one has a time outside the years 1 to 9999 for created_at, which no engine holds."
+
+
+def test_a_row_that_is_too_long_for_an_engine_is_said(engine: sa.Engine, archived: Archive) -> None:
+    write(engine, [row(at=DAYS[3], error_message="x" * (20 << 20))])
+    said = _refused(engine, Computation(DuckEngine(), archived), EngineError)
+    assert said == "Rows of these days cannot be handed to an engine: one is longer than 8 MB."
+
+
 class SlowEngine(DuckEngine):
     """DuckDB with more to compute than here: a second passes before its first row."""
 

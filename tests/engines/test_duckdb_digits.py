@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from digits import PATTERNS, ROWS, differences, write
+from digits import PATTERNS, ROWS, differences, write, write_odd_ends
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +56,16 @@ def test_a_site_that_was_renamed_in_mid_life_is_equal(engine: sa.Engine) -> None
 def test_every_trap_is_equal(engine: sa.Engine, name: str) -> None:
     lab.run_scenario(engine, FleetStream(load_scenario(name), 7))
     assert differences(engine, DuckEngine()) == {}
+
+
+def test_executions_that_never_end_or_ended_before_christ_are_equal(engine: sa.Engine) -> None:
+    write_odd_ends(engine)
+    assert differences(engine, DuckEngine()) == {}
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT count(*), count(DISTINCT problem) FROM telemetry_violations WHERE problem = 'bad_duration'"
+        ).one()
+    assert tuple(found) == (6, 1)  # those that end before they begin
 
 
 def odd_rows(engine: sa.Engine, rows: list[dict[str, Any]], patterns: list[str]) -> None:

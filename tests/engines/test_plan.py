@@ -153,6 +153,27 @@ def test_every_model_of_a_day_goes_to_the_engine_and_only_small_tables_travel(di
     assert not any("flywheel_level" in step.sql.lower() for step in plan.steps)
 
 
+@pytest.mark.parametrize(
+    ("figure", "compared"),
+    [
+        ("count(*) FILTER (WHERE completed_at < started_at OR event_at >= completed_at)", True),
+        ("count(*) FILTER (WHERE completed_at < started_at AND completed_at < created_at)", False),
+        ("count(*) FILTER (WHERE completed_at < started_at + interval '1 hours')", False),
+        ("max(completed_at)", False),
+    ],
+)
+def test_a_time_that_is_only_held_against_the_event_is_known(tmp_path: Path, figure: str, compared: bool) -> None:
+    kind = "timestamptz" if figure.startswith("max") else "bigint"
+    plan = build_plan(load_models(model_folder(tmp_path, figure, kind)), "duckdb")
+    assert ("completed_at" in plan.compared) is compared
+    assert "event_at" not in plan.compared
+
+
+def test_the_models_only_compare_when_an_execution_ended() -> None:
+    plan = build_plan(load_models(), "duckdb")
+    assert set(plan.telemetry) & plan.compared == {"completed_at"}
+
+
 def test_a_time_as_text_stays_with_postgresql() -> None:
     (step,) = (step for step in build_plan(load_models(), "spark").steps if step.name == "telemetry_violations")
     assert "dated" not in step.sql

@@ -13,7 +13,7 @@ from random import Random
 import dagster as dg
 import pytest
 import sqlalchemy as sa
-from digits import NOON, PATTERNS, ROWS, contents, differences, empty, row, write
+from digits import NOON, PATTERNS, ROWS, contents, differences, empty, row, write, write_odd_ends
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from spark_cluster import Cluster, cluster, require_java
@@ -64,13 +64,14 @@ def test_every_trap_is_equal(engine: sa.Engine, name: str) -> None:
     assert differences(engine, SparkEngine("local[2]")) == {}
 
 
-def test_time_zones_nulls_ties_and_unicode_are_equal(engine: sa.Engine) -> None:
+def test_time_zones_nulls_ties_unicode_and_odd_ends_are_equal(engine: sa.Engine) -> None:
     many = st.tuples(st.lists(ROWS, min_size=12, max_size=12), st.lists(PATTERNS, min_size=4, max_size=4, unique=True))
     lists, patterns = find(
         many, lambda _: True, settings=settings(phases=[Phase.generate], database=None), random=Random(15)
     )
     rows = [{**one, "execution_id": f"x-{number}"} for number, one in enumerate(itertools.chain(*lists))]
     odd_rows(engine, rows, patterns)
+    write_odd_ends(engine)
     assert differences(engine, SparkEngine("local[2]")) == {}
     assert differences(engine, SparkEngine("local[2]", piece_rows=40)) == {}  # results that come in many pieces
 
