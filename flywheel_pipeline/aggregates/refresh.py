@@ -161,12 +161,12 @@ cells AS (
 """
 _VOLUME = "telemetry_daily_volume"
 # Before the recompute: the newest arrival of what was read, if these site-days had not seen it yet. A rebuild, or another
-# alias, touches site-days in which nothing is new.
+# alias, touches site-days in which nothing is new. An arrival that no clock shows is listed as skewed, and is none.
 _ARRIVED = """
 SELECT n.newest
 FROM (
   SELECT max(created_at) AS newest FROM scope_telemetry
-  WHERE chaos_campaign_id IS NULL AND tags @> '{"synthetic": true}' IS NOT TRUE
+  WHERE chaos_campaign_id IS NULL AND tags @> '{"synthetic": true}' IS NOT TRUE AND created_at < '9999-12-31'
 ) AS n
 WHERE n.newest > coalesce(
   (SELECT max(v.last_arrival_at) FROM scope_input AS s JOIN telemetry_daily_volume AS v USING (site_id, day)), '-infinity')

@@ -15,6 +15,7 @@ from flywheel_pipeline.aggregates.refresh import refresh
 from flywheel_pipeline.errors import SchemaMismatch
 from flywheel_pipeline.telemetry.aliases import add_rule_alias, add_site_alias
 from flywheel_pipeline.telemetry.intake import post_execution
+from flywheel_pipeline.telemetry.quality import no_skewed_clocks
 
 DAY = dt.timedelta(days=1)
 Cells = set[tuple[str, dt.date]]
@@ -224,6 +225,22 @@ def test_a_clock_of_1970_is_kept_listed_and_counted_nowhere(fleet: sa.Engine) ->
         assert one(connection, "SELECT problem FROM telemetry_violations") == "skewed_clock"
         assert one(connection, "SELECT sum(executions) FROM telemetry_daily_volume") == 4
     assert_exact(fleet)
+
+
+@pytest.mark.parametrize("arrival", ["infinity", "12026-02-02 00:00+00", "-infinity", "0044-03-15 12:00+00 BC"])
+def test_an_arrival_that_no_clock_shows_is_listed_and_stops_nobody_else(fleet: sa.Engine, arrival: str) -> None:
+    with fleet.begin() as connection:
+        arrived = NOON + 9 * DAY
+        insert(connection, [row(at=NOON, execution_id="odd"), row(at=NOON, created_at=arrived)])
+        connection.execute(
+            sa.text("UPDATE execution_telemetry SET created_at = CAST(:at AS timestamptz) WHERE execution_id = 'odd'"),
+            {"at": arrival},
+        )
+    with fleet.begin() as connection:
+        report = refresh(connection, graph())
+        assert report.newest_arrival_at == arrived
+        assert [found["execution_id"] for found in no_skewed_clocks(connection).sample] == ["odd"]
+    assert_exact(fleet, python=False)  # Python has no such time
 
 
 def test_the_same_post_twice_touches_its_cell_once(fleet: sa.Engine) -> None:
