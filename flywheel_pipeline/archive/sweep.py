@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -30,6 +31,8 @@ def sweep(
 ) -> list[Remains]:
     """Remove the files that no manifest names, and return them; while nobody exports.
 
+    Files of an export after which its day was purged are left, whatever the manifests say: nobody else holds those rows.
+
     Args:
         engine: the database whose exports are excluded meanwhile.
         archive: the archive.
@@ -44,7 +47,10 @@ def sweep(
     with engine.begin() as connection:
         exclude_others(connection)
         before = dt.datetime.now(dt.UTC) - dt.timedelta(hours=grace_hours)
-        found = _unnamed(archive, before)
+        sealed = connection.exec_driver_sql(
+            "SELECT day, archived_generation FROM sealed_days WHERE archived_generation IS NOT NULL"
+        )
+        found = _unnamed(archive, before, {row.day.isoformat(): row.archived_generation for row in sealed})
         if not dry_run:
             with archive.reaching("cannot be swept"):
                 for remains in found:
@@ -52,15 +58,17 @@ def sweep(
     return found
 
 
-def _unnamed(archive: Archive, before: dt.datetime) -> list[Remains]:
+def _unnamed(archive: Archive, before: dt.datetime, sealed: Mapping[str, str]) -> list[Remains]:
     manifests = [archive.read_manifest(day) for day in archive.days()]
     named = {file.path for manifest in manifests for file in manifest.files_}
     fresh = {manifest.day.isoformat() for manifest in manifests if manifest.exported_at > before}
     found = []
     for table in TABLES:
         for path, size in archive.walk(table):
-            day = re.match(rf"{table}/day=(\d{{4}}-\d\d-\d\d)/[^/]+\.parquet$", path)
-            if day is not None and path not in named and day[1] not in fresh:
+            parts = re.match(rf"{table}/day=(\d{{4}}-\d\d-\d\d)/([^/]+)\.parquet$", path)
+            if parts is None or path in named or parts[1] in fresh:
+                continue
+            if parts[2].rpartition("-")[0] != sealed.get(parts[1], "none"):
                 found.append(Remains(path, size))
     found += [Remains(path, size) for path, size in archive.walk(MANIFESTS) if path.endswith(".tmp")]
     return [remains for remains in found if archive.modified(remains.path) <= before]

@@ -134,6 +134,26 @@ def test_a_purged_day_that_is_lost_or_exchanged_is_an_offence(fleet: sa.Engine, 
     assert (finding.passed, finding.sample[0]["day"]) == (False, "2026-02-02")
 
 
+def test_a_sweep_leaves_the_files_of_a_purged_day_whose_manifest_is_lost_or_another(
+    fleet: sa.Engine, archive: Archive
+) -> None:
+    export_due(fleet, archive, today=TODAY, after_days=1)
+    export_day(fleet, archive, DAY)  # a second generation: the first one is remains
+    purge(fleet, before=BEFORE, actor="test", archive=archive)
+    manifest = archive.manifest(DAY)
+    text = archive.fs.cat_file(archive.full_path(archive.manifest_path(DAY)))
+    archive.publish(manifest.model_copy(update={"generation": "another", "files_": (), "rows": 0}))
+    assert state_of(fleet, archive).state is State.LOST
+    swept = sweep(fleet, archive, grace_hours=0)
+    assert len(swept) == 1
+    assert manifest.generation not in swept[0].path
+    drop_manifest(archive)
+    assert sweep(fleet, archive, grace_hours=0) == []
+    archive.fs.pipe_file(archive.full_path(archive.manifest_path(DAY)), text)
+    archive.verify(DAY)
+    assert state_of(fleet, archive).state is State.SEALED
+
+
 def test_days_purged_before_there_was_an_archive_count_by_their_figures(fleet: sa.Engine, folder: Archive) -> None:
     purge(fleet, before=BEFORE, actor="test")
     export_due(fleet, folder, today=TODAY, after_days=1)
