@@ -24,11 +24,11 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast, get_args
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -355,6 +355,10 @@ class Archive:
                 hint="The archive still holds what it held before; correct that and try again.",
             ) from (None if self.secrets else error)
 
+    def without_secrets(self, said: str) -> str:
+        """Return what a client or an engine says, with `***` for what opens this archive."""
+        return hide(said, self.secrets)
+
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     def publish(self, manifest: DayManifest) -> None:
@@ -456,12 +460,17 @@ def _without_secrets(url: str) -> tuple[str, tuple[str, ...]]:
         secret, at, place, query = rest, "@", "", ""
     given = f"{secret} {query}"
     words = {w for w in re.split(r"[^\w+%.~-]+", f"{given} {unquote(given)}") if len(w) >= _SHORTEST_SECRET}
+    words |= {quote(word, safe="") for word in words}  # as a client says it that speaks in URLs
     return head + ("***" + at if at else "") + place, tuple(sorted(words, key=len, reverse=True))
 
 
 def _first_line(error: Exception, secrets: tuple[str, ...] = ()) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-    for secret in secrets:
+    return hide((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:"), secrets)
+
+
+def hide(said: str, secrets: Iterable[str]) -> str:
+    """Return a text with `***` for each of these words, the longest first."""
+    for secret in sorted(secrets, key=len, reverse=True):
         said = said.replace(secret, "***")
     return said
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from flywheel_pipeline.sql_models.relations import literal, quote
 
 if TYPE_CHECKING:
     import duckdb
+
+    from flywheel_pipeline.archive.layout import Archive
 
 BATCH_ROWS = 65_536
 
@@ -48,25 +51,37 @@ class DuckEngine:
         """
         import duckdb
 
-        try:
-            with duckdb.connect() as session:
-                session.execute(f"SET temp_directory = {literal(str(job.scratch))}")
-                session.execute("SET preserve_insertion_order = false")
-                prepare(session, job)
-                read = frozenset().union(*(step.reads for step in job.plan.steps))
-                for step in job.plan.steps:
-                    if not step.lands or step.name in read:
-                        session.execute(f"CREATE TEMP TABLE {quote(step.name)} AS\n{step.sql}")
-                        if step.lands:
-                            yield step, iter(_batches(session, f"SELECT * FROM {quote(step.name)}"))
-                    else:
-                        yield step, iter(_batches(session, step.sql))
-        except duckdb.Error as error:
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise EngineError(
-                f"DuckDB could not compute the models: {said.rstrip('.')}.",
-                hint="Nothing was written; correct that and try again, or use FLYWHEEL_ENGINE=postgres.",
-            ) from error
+        with _said(job), duckdb.connect() as session:
+            session.execute(f"SET temp_directory = {literal(str(job.scratch))}")
+            session.execute("SET preserve_insertion_order = false")
+            prepare(session, job)
+            read = frozenset().union(*(step.reads for step in job.plan.steps))
+            for step in job.plan.steps:
+                if not step.lands or step.name in read:
+                    session.execute(f"CREATE TEMP TABLE {quote(step.name)} AS\n{step.sql}")
+                    if step.lands:
+                        yield step, _batches(session, f"SELECT * FROM {quote(step.name)}", job)
+                else:
+                    yield step, _batches(session, step.sql, job)
+
+
+@contextmanager
+def _said(job: Job) -> Iterator[None]:
+    """Say in one sentence what DuckDB says, without what opens the archive: it names files by their whole URL."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (of any kind: the client of an object store raises its own through DuckDB)
+        lines = ("".join(filter(str.isprintable, line)).strip() for line in str(error).splitlines())
+        said = next(filter(None, lines), type(error).__name__)
+        secret = job.archive is not None and bool(job.archive.secrets)
+        raise EngineError(
+            f"DuckDB could not compute the models: {_hidden(said, job.archive).rstrip(' .:')}.",
+            hint="Nothing was written; correct that and try again, or use FLYWHEEL_ENGINE=postgres.",
+        ) from (None if secret else error)
+
+
+def _hidden(said: str, archive: Archive | None) -> str:
+    return said if archive is None else archive.without_secrets(said)
 
 
 def prepare(session: duckdb.DuckDBPyConnection, job: Job) -> None:
@@ -98,5 +113,6 @@ def prepare(session: duckdb.DuckDBPyConnection, job: Job) -> None:
     session.execute(f"CREATE TEMP VIEW execution_telemetry AS SELECT * FROM (\n{source}\n) AS t{wanted}")
 
 
-def _batches(session: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.RecordBatch]:
-    yield from session.sql(query).to_arrow_reader(BATCH_ROWS)
+def _batches(session: duckdb.DuckDBPyConnection, query: str, job: Job) -> Iterator[pa.RecordBatch]:
+    with _said(job):  # whoever lands the rows runs this, not `compute`
+        yield from session.sql(query).to_arrow_reader(BATCH_ROWS)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from flywheel_pipeline.archive.layout import hide
 from flywheel_pipeline.engines.spark import FAILURE_FILE, JOB_FILE
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def run(scratch: Path, say: Any = print) -> None:
         say: called with a line for each step.
     """
     job = json.loads((scratch / JOB_FILE).read_text(encoding="utf-8"))
-    with _session(job["master"], scratch) as session:
+    # Its log names files by their whole URL.
+    with _session(job["master"], scratch, quiet=bool(job["secrets"])) as session:
         _spread(session, job)
         for statement in job["preamble"]:
             session.sql(statement)
@@ -93,7 +95,7 @@ def _bring(frame: DataFrame, target: Path, piece_rows: int) -> int:
 
 
 @contextlib.contextmanager
-def _session(master: str, scratch: Path) -> Iterator[SparkSession]:
+def _session(master: str, scratch: Path, *, quiet: bool) -> Iterator[SparkSession]:
     from pyspark.sql import SparkSession
 
     # Of 1 GB, which is Spark's own, too little is left for results where this process computes too; spark-defaults.conf may say more.
@@ -104,7 +106,7 @@ def _session(master: str, scratch: Path) -> Iterator[SparkSession]:
     for name, value in _CONFIGURATION.items():
         builder = builder.config(name, value)
     session = builder.getOrCreate()
-    session.sparkContext.setLogLevel("WARN")
+    session.sparkContext.setLogLevel("OFF" if quiet else "WARN")
     try:
         yield session
     finally:
@@ -150,25 +152,40 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="flywheel-spark-parent", daemon=True).start()
 
 
+class SparkFailed(Exception):
+    """What Spark said of a job whose archive is opened by a secret, without it; its own error repeats that in many places."""
+
+
 def main() -> int:
     """Run the job of the folder given; say why in `failure.json` where it fails."""
     end_with_parent()
+    scratch = Path(sys.argv[1])
+    if "DAGSTER_PIPES_CONTEXT" in os.environ:
+        from dagster_pipes import open_dagster_pipes
+
+        with open_dagster_pipes() as pipes:
+            _run_and_say(scratch, pipes.log.info)
+    else:
+        _run_and_say(scratch, print)
+    return 0
+
+
+def _run_and_say(scratch: Path, say: Any) -> None:
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
-    scratch = Path(sys.argv[1])
+    secrets = json.loads((scratch / JOB_FILE).read_text(encoding="utf-8"))["secrets"]
     try:
-        if "DAGSTER_PIPES_CONTEXT" in os.environ:
-            from dagster_pipes import open_dagster_pipes
-
-            with open_dagster_pipes() as pipes:
-                run(scratch, pipes.log.info)
-        else:
-            run(scratch)
-    except (PySparkException, Py4JError, OSError) as error:
-        (scratch / FAILURE_FILE).write_text(json.dumps({"message": _said(error)}), encoding="utf-8")
-        raise
-    return 0
+        run(scratch, say)
+        return
+    except Exception as error:
+        message = hide(_said(error), secrets)
+        if isinstance(error, (PySparkException, Py4JError, OSError)):
+            (scratch / FAILURE_FILE).write_text(json.dumps({"message": message}), encoding="utf-8")
+        if not secrets:
+            raise
+    # Out here nothing is being handled, which Dagster Pipes would tell along with it.
+    raise SparkFailed(message)
 
 
 def _said(error: Exception) -> str:

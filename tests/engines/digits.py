@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from hypothesis import strategies as st
 
 from flywheel_pipeline.aggregates import refresh
+from flywheel_pipeline.archive.export import export_due
 from flywheel_pipeline.archive.layout import Archive
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.engines.job import ComputeEngine
@@ -134,6 +135,20 @@ def write_odd_ends(engine: sa.Engine) -> None:
         connection.exec_driver_sql(
             "UPDATE execution_telemetry SET completed_at = '-infinity' WHERE execution_id LIKE 'edge%%'"
         )
+
+
+SECRETS = ("AKIA1234", "ab-SE+CRET")
+
+
+def archive_with_secrets(engine: sa.Engine, url: str) -> tuple[Archive, str]:
+    """An archive of one day at a URL that was given with `SECRETS` in it, and the full path of its file."""
+    write(engine, [row(at=NOON + dt.timedelta(minutes=number)) for number in range(200)])
+    refresh.rebuild(engine)
+    archive = Archive.open(url, create=True)
+    export_due(engine, archive, today=NOON.date() + dt.timedelta(days=2), after_days=0)
+    (file,) = archive.manifest(NOON.date()).files("executions")
+    assert any(secret in file.url for secret in SECRETS)
+    return archive, archive.full_path(file.path)
 
 
 ODD_TEXT = st.sampled_from(

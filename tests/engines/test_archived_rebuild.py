@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
-from digits import NOON, contents, differences, empty, row, write
+from digits import NOON, SECRETS, archive_with_secrets, contents, differences, empty, row, write
 
 from flywheel_pipeline.aggregates import refresh
 from flywheel_pipeline.aggregates.refresh import lock_refresh
@@ -122,6 +124,55 @@ def test_a_file_that_is_no_parquet_is_one_sentence_and_nothing_is_written(engine
     file.local_path.write_bytes(b"x" * file.bytes)
     said = _refused(engine, Computation(DuckEngine(), archived), EngineError)
     assert said.startswith("DuckDB could not compute the models: ")
+
+
+def lose(archive: Archive, path: str) -> None:
+    archive.fs.rm_file(path)
+
+
+def spoil(archive: Archive, path: str) -> None:
+    archive.fs.pipe_file(path, b"x" * archive.fs.size(path))
+
+
+def spoil_a_late_column(archive: Archive, path: str) -> None:
+    """What is read only as the rows are landed: the ends of executions, for the violations."""
+    content = bytearray(archive.fs.cat_file(path))
+    with archive.fs.open(path, "rb") as stream:
+        group = pq.ParquetFile(stream).metadata.row_group(0)
+    (column,) = (c for n in range(group.num_columns) if (c := group.column(n)).path_in_schema == "started_at")
+    start = column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    archive.fs.pipe_file(path, bytes(content))
+
+
+@pytest.mark.parametrize("url", ["file://AKIA1234:ab-SE+CRET@host/x", "memory://AKIA1234:ab-SE+CRET@host/x"])
+@pytest.mark.parametrize("harm", [lose, spoil, spoil_a_late_column])
+def test_what_duckdb_says_of_a_file_repeats_no_secret_of_the_archive(
+    engine: sa.Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    harm: Callable[[Archive, str], None],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # file:// without a third slash is a folder here
+    archive, path = archive_with_secrets(engine, url)
+
+    class Late(DuckEngine):
+        """DuckDB that comes to a file when something has happened to it."""
+
+        def compute(self, job: Job) -> Iterator[tuple[Step, Iterator[pa.RecordBatch]]]:
+            harm(archive, path)
+            yield from super().compute(job)
+
+    before = contents(engine)
+    with pytest.raises(EngineError, match="DuckDB could not compute the models: ") as refused:
+        rebuild(engine, Computation(Late(), archive))
+    assert contents(engine) == before
+    told = "".join(traceback.format_exception(refused.value))
+    assert [secret for secret in SECRETS if secret in told] == []
+    if harm is not spoil_a_late_column:
+        assert "***:***@host/x/executions/day=2026-02-02/" in refused.value.message
+    archive.fs.rm(archive.root, recursive=True)
 
 
 def test_a_manifest_from_the_future_is_refused(engine: sa.Engine, archived: Archive) -> None:

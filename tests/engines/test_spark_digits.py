@@ -6,6 +6,7 @@ import datetime as dt
 import itertools
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -13,7 +14,19 @@ from random import Random
 import dagster as dg
 import pytest
 import sqlalchemy as sa
-from digits import NOON, PATTERNS, ROWS, contents, differences, empty, row, write, write_odd_ends
+from digits import (
+    NOON,
+    PATTERNS,
+    ROWS,
+    SECRETS,
+    archive_with_secrets,
+    contents,
+    differences,
+    empty,
+    row,
+    write,
+    write_odd_ends,
+)
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from spark_cluster import Cluster, cluster, require_java
@@ -88,6 +101,40 @@ def test_a_file_that_is_no_parquet_is_one_sentence_and_nothing_is_written(engine
     with pytest.raises(EngineError, match=r"Spark at local\[2\] could not compute the models: "):
         rebuild(engine, Computation(SparkEngine("local[2]"), archive))
     assert contents(engine) == before
+
+
+def test_what_spark_says_of_a_file_repeats_no_secret_of_the_archive(
+    engine: sa.Engine,
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    url = "file://AKIA1234:ab-SE+CRET@host/x"
+    monkeypatch.chdir(tmp_path)  # file:// without a third slash is a folder here
+    archive, path = archive_with_secrets(engine, url)
+    archive.fs.pipe_file(path, b"x" * archive.fs.size(path))
+    with pytest.raises(EngineError, match=r"Spark at local\[2\] could not compute the models: .*\*\*\*") as refused:
+        rebuild(engine, Computation(SparkEngine("local[2]"), archive))
+    told = "".join(traceback.format_exception(refused.value))
+
+    monkeypatch.setenv("FLYWHEEL_SPARK_MASTER", "local[2]")
+    monkeypatch.setenv("FLYWHEEL_ARCHIVE_URL", url)
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            [build_backfill_asset(load_models())],
+            partition_key=str(NOON.date()),
+            resources={"database": FlywheelDatabase(url=database_url)},
+            run_config={"ops": {"day_backfill": {"config": {"engine": "spark"}}}},
+            instance=instance,
+            raise_on_error=False,
+        )
+        assert not result.success
+        logs = "\n".join(dg.serialize_value(log) for log in instance.all_logs(result.run_id))
+    assert "SparkFailed" in logs  # of the driver, by Pipes
+    assert "could not compute the models" in logs
+    out, err = capfd.readouterr()
+    assert [secret for secret in SECRETS for said in (told, logs, out, err) if secret in said] == []
 
 
 def test_a_backfill_in_the_launchpad_runs_spark_through_pipes(
