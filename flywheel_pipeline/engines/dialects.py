@@ -5,7 +5,7 @@ belong here: what may pass.
 
 Where the two differ from PostgreSQL in silence: lower() and upper() fold by other tables, trim() of DuckDB takes more than
 spaces, LIKE of DuckDB has no escape and that of Spark refuses some, a regular expression that does not match gives '' and
-not null, array_position of Spark gives 0 and not null, `.` and `$` of RE2 and Java mean less and more, and sqlglot turns
+not null, array_position of Spark gives 0 and not null, its collect_list of nothing an empty array and not null, `.` and `$` of RE2 and Java mean less and more, and sqlglot turns
 array_agg(... ORDER BY ...) into collect_list, and percentile_disc into an approximation.
 """
 
@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from sqlglot import exp, parse_one
 
-from flywheel_pipeline.engines.portable import BYTES_ORDER, capture, prefix_of, span, true_key
+from flywheel_pipeline.engines.portable import capture, prefix_of, span, true_key
+from flywheel_pipeline.engines.values import BYTES_ORDER
 
 Dialect = Literal["duckdb", "spark"]
 
@@ -202,9 +203,9 @@ def _spark(node: Any) -> Any:
         return node
     if isinstance(node, exp.ArrayAgg) and isinstance(node.this, exp.Order) and not _is_indexed(node):
         gathered = _call("collect_list", node.this.this)
-        return gathered if isinstance(node.parent, exp.Filter) else _call("array_sort", gathered)
+        return gathered if isinstance(node.parent, exp.Filter) else _sorted(gathered)
     if isinstance(node, exp.Filter) and isinstance(node.this, exp.Anonymous) and node.this.name == "collect_list":
-        return _call("array_sort", node.copy())
+        return _sorted(node.copy())
     if isinstance(node, exp.WithinGroup):
         value = node.expression.expressions[0].this
         exact = f"percentile_disc({node.this.this.sql()}) WITHIN GROUP (ORDER BY x)"
@@ -213,6 +214,11 @@ def _spark(node: Any) -> Any:
             this=exp.Var(this=exact.replace("(ORDER BY x)", f"(ORDER BY {value.sql(dialect='spark')})")), to=value.type
         )
     return node
+
+
+def _sorted(gathered: exp.Expr) -> exp.Expr:
+    """Spark gathers nothing into an empty array, where PostgreSQL gives null."""
+    return exp.Nullif(this=_call("array_sort", gathered), expression=_call("array"))
 
 
 def _is_indexed(node: exp.Expr) -> bool:

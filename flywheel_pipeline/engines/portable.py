@@ -5,43 +5,58 @@ Belongs here: the rules over the syntax tree, the same for every engine. Does no
 
 An engine gives counts, sums of integers and decimals, exact percentiles of stored values, dates, times and text it was
 given. Division, averages, rounding, floating-point sums, numbers and times as text, and the order of text under a
-language's rules are PostgreSQL's.
+language's rules are PostgreSQL's. So is what PostgreSQL itself leaves to chance: the first of equals.
+
+A value comes out of parts of one type only, since PostgreSQL keeps the digits of each and an engine brings all to one.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
-import sqlalchemy as sa
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from sqlglot.optimizer.annotate_types import annotate_types
 from sqlglot.optimizer.qualify import qualify
 
-from flywheel_pipeline.database.tables import execution_telemetry, metadata
+from flywheel_pipeline.engines.values import (
+    BYTES_ORDER,
+    COMPARED,
+    DECIMAL,
+    DOUBLE,
+    EXACT,
+    INTEGER,
+    PRECISION,
+    TEXT,
+    TIMES,
+    UNIQUE,
+    declared_digits,
+    digits_of,
+    is_text,
+    kind_of,
+    not_null,
+    ordered_by,
+    sort_of,
+    told_apart_by,
+)
 
-#: Marks what was `COLLATE "C"`: text in the order of its bytes, which is every engine's.
-BYTES_ORDER = "FLYWHEEL_BYTES"
+#: What holds two values against each other.
+_COMPARISONS = (
+    exp.EQ, exp.NEQ, exp.NullSafeEQ, exp.NullSafeNEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.In, exp.Between,
+)  # fmt: skip
 
-_TEXT = (exp.DataType.Type.TEXT, exp.DataType.Type.VARCHAR, exp.DataType.Type.CHAR, exp.DataType.Type.NCHAR)
-_INTEGER = tuple(exp.DataType.INTEGER_TYPES)
-_EXACT = (*_INTEGER, exp.DataType.Type.DECIMAL)
-_TIMES = (exp.DataType.Type.TIMESTAMP, exp.DataType.Type.TIMESTAMPTZ, exp.DataType.Type.DATETIME)
-
-_COMPARED = (*_EXACT, *_TIMES, exp.DataType.Type.DATE, exp.DataType.Type.BOOLEAN, exp.DataType.Type.DOUBLE)
+#: So many significant digits make the same double by any way of reading them.
+_DOUBLE_DIGITS = 15
 
 # Nothing to decide about these: they mean the same everywhere.
 _PLAIN = (
-    exp.Select, exp.With, exp.CTE, exp.From, exp.Join, exp.Lateral, exp.Where, exp.Group, exp.Having, exp.Order,
-    exp.Limit, exp.Subquery, exp.Table, exp.TableAlias, exp.Identifier, exp.Column, exp.Alias, exp.Literal,
-    exp.Boolean, exp.Null, exp.And, exp.Or, exp.Not, exp.Paren, exp.Is, exp.EQ, exp.NEQ, exp.In, exp.Between,
-    exp.Case, exp.If, exp.Coalesce, exp.Nullif, exp.Count, exp.LogicalOr, exp.LogicalAnd, exp.Filter, exp.Distinct,
-    exp.Star, exp.DataType, exp.DataTypeParam, exp.Exists, exp.Union, exp.Tuple, exp.DPipe, exp.Var, exp.Array,
-    exp.NullSafeEQ, exp.NullSafeNEQ, exp.RowNumber, exp.Lower, exp.Upper, exp.ILike, exp.Replace, exp.Window,
-    exp.ArrayPosition,
+    exp.Select, exp.CTE, exp.From, exp.Join, exp.Lateral, exp.Where, exp.Having, exp.Order, exp.Subquery, exp.Table,
+    exp.TableAlias, exp.Alias, exp.Boolean, exp.Null, exp.And, exp.Or, exp.Not, exp.Paren, exp.Is, exp.If, exp.Count,
+    exp.LogicalOr, exp.LogicalAnd, exp.Filter, exp.Star, exp.DataType, exp.DataTypeParam, exp.Exists, exp.Var,
+    exp.Lower, exp.Upper, exp.ILike, exp.Replace, exp.Window,
 )  # fmt: skip
 
 
@@ -89,43 +104,40 @@ def check(tree: exp.Expr) -> None:
             raise Refusal(node, f"{type(node).__name__} is not known to be the same on every engine")
 
 
-def is_text(node: exp.Expr) -> bool:
-    """Whether the expression is known to be text."""
-    if isinstance(node, exp.Paren):
-        return is_text(node.this)
-    if isinstance(node, exp.Case):
-        results = [branch.args["true"] for branch in node.args["ifs"]] + [node.args.get("default")]
-        return all(part is None or isinstance(part, exp.Null) or is_text(part) for part in results)
-    if isinstance(node, exp.Coalesce):
-        return all(is_text(part) for part in (node.this, *node.expressions))
-    if isinstance(node, exp.Nullif):
-        return is_text(node.this)
-    if isinstance(node, exp.Column) and _kind(node) in (None, exp.DataType.Type.UNKNOWN):
-        return node.name in _text_names()
-    return node.is_string or _kind(node) in _TEXT
+def _united(node: exp.Expr, parts: Iterable[exp.Expr]) -> None:
+    """Refuse values of several types where one comes out: PostgreSQL keeps the digits of each, an engine those of one."""
+    values = [part for part in parts if not isinstance(part.unnest(), exp.Null)]
+    sorts = {sort_of(part) for part in values}
+    if "" in sorts:
+        raise Refusal(node, "the type of a part of it is not known")
+    if "double" in sorts and sorts <= {"double", "integer", "fraction"}:
+        return
+    if sorts == {"decimal"}:
+        found = [digits_of(part) for part in values]
+        if len(values) == 1 or (all(found) and len({told[1] for told in found if told}) == 1):
+            return
+    elif len(sorts) <= 1 and sorts != {"fraction"}:
+        return
+    raise Refusal(node, "its parts are of different types, and engines give them other digits")
 
 
-@functools.cache
-def _text_names() -> frozenset[str]:
-    """Columns that are text in whatever table has them: their type is known even where no analysis follows them."""
-    kinds: dict[str, set[bool]] = {}
-    for table in metadata.tables.values():
-        for column in table.columns:
-            kinds.setdefault(column.name, set()).add(isinstance(column.type, sa.String))
-    return frozenset(name for name, found in kinds.items() if found == {True})
-
-
-def not_null(node: exp.Expr) -> bool:
-    """Whether a column can never be null: in telemetry, and so wherever it is handed on under its name."""
-    if isinstance(node, exp.Anonymous) and node.name == BYTES_ORDER:
-        return not_null(node.expressions[0])
-    column = execution_telemetry.columns.get(node.name) if isinstance(node, exp.Column) else None
-    return column is not None and (not column.nullable or column.name == "event_at")
-
-
-def _kind(node: exp.Expr) -> Any:
-    kind = node.type
-    return kind.this if isinstance(kind, exp.DataType) else None
+def _held_together(node: exp.Expr, *parts: exp.Expr) -> None:
+    """Refuse a comparison of values that PostgreSQL and an engine bring to one type in different ways."""
+    values = [part for part in parts if not isinstance(part.unnest(), exp.Null)]
+    sorts = {sort_of(part) for part in values}
+    if "" in sorts:
+        raise Refusal(node, "the type of a side is not known")
+    if (
+        len(sorts) > 1
+        and not sorts <= {"integer", "double", "fraction"}
+        and not sorts <= {"integer", "decimal", "fraction"}
+    ):
+        raise Refusal(node, "its sides are of different types, and a common one is found differently elsewhere")
+    if "decimal" in sorts:
+        found = [digits_of(part) for part in values]
+        told = [one for one in found if one is not None]
+        if len(told) < len(found) or max(one[0] for one in told) + max(one[1] for one in told) > PRECISION:
+            raise Refusal(node, f"decimals of more than {PRECISION} digits together are rounded differently elsewhere")
 
 
 def _ordered(node: exp.Expr) -> None:
@@ -134,50 +146,242 @@ def _ordered(node: exp.Expr) -> None:
         return
     if is_text(inner):
         raise Refusal(inner, 'the order of text depends on the database\'s language; say COLLATE "C"')
-    if _kind(inner) not in _COMPARED and not isinstance(inner, exp.ArrayPosition | exp.Window):
+    if kind_of(inner) not in COMPARED and not isinstance(inner, exp.ArrayPosition):
         raise Refusal(inner, "its type is not known, and so neither its order")
 
 
 def _compared(node: Any) -> None:
     for side in (node.left, node.right):
         _ordered(side)
+    _held_together(node, node.left, node.right)
+
+
+def _equal(node: Any) -> None:
+    _held_together(node, node.left, node.right)
+
+
+def _between(node: Any) -> None:
+    if node.args.get("symmetric"):
+        raise Refusal(node, "BETWEEN SYMMETRIC is not known everywhere")
+    parts = (node.this, node.args["low"], node.args["high"])
+    for part in parts:
+        _ordered(part)
+    _held_together(node, *parts)
+
+
+def _in(node: Any) -> None:
+    query = node.args.get("query")
+    if query is None:
+        _held_together(node, node.this, *node.expressions)
+        return
+    if not _filters_rows(node):
+        raise Refusal(node, "a null that IN meets is FALSE elsewhere, unless it stands in WHERE by itself; say EXISTS")
+    _held_together(node, node.this, query.unnest().selects[0].unalias())
+
+
+def _filters_rows(node: exp.Expr) -> bool:
+    """Whether it is one condition of a WHERE, or the opposite of one: null is then as good as false."""
+    above = _above_parens(node)
+    if isinstance(above, exp.Not):
+        above = _above_parens(above)
+    while isinstance(above, exp.And):
+        above = _above_parens(above)
+    return isinstance(above, exp.Where) and isinstance(above.parent, exp.Select)
+
+
+def _above_parens(node: exp.Expr) -> exp.Expr | None:
+    above = node.parent
+    while isinstance(above, exp.Paren):
+        above = above.parent
+    return above
 
 
 def _sum(node: exp.Expr) -> None:
-    if _kind(node.this) not in _EXACT:
+    if kind_of(node.this) not in EXACT:
         raise Refusal(node, "only sums of integers and decimals are exact in every order")
 
 
 def _added(node: Any) -> None:
     sides = (node.left, node.right)
-    if all(_kind(side) in _EXACT for side in sides):
+    if kind_of(node.left) in TIMES and isinstance(node.right, exp.Interval):
         return
-    if _kind(node.left) in _TIMES and isinstance(node.right, exp.Interval):
-        return
-    raise Refusal(node, "only integers, decimals, and times with an interval are added")
+    if not all(kind_of(side) in EXACT for side in sides):
+        raise Refusal(node, "only integers, decimals, and times with an interval are added")
+    if any(kind_of(side) == exp.DataType.Type.SMALLINT for side in sides):
+        raise Refusal(node, "a smallint with a number is an integer, and in DuckDB a smallint still; say ::integer")
+    if any(kind_of(side) == DECIMAL for side in sides):
+        digits = digits_of(node)
+        if digits is None or sum(digits) > PRECISION:
+            raise Refusal(node, f"a decimal of more than {PRECISION} digits loses some elsewhere")
 
 
 def _interval(node: exp.Expr) -> None:
     unit = node.text("unit").upper().rstrip("S")
     if unit not in ("SECOND", "MINUTE", "HOUR", "DAY") or not re.fullmatch(r"\d+", node.this.name):
         raise Refusal(node, "an interval is so many seconds, minutes, hours or days")
+    if not isinstance(node.parent, exp.Add | exp.Sub):
+        raise Refusal(node, "an interval by itself is another thing elsewhere; it is added to a time")
 
 
 def _cast(node: Any) -> None:
-    target, source = node.to.this, _kind(node.this)
-    if target in _TEXT and is_text(node.this):
+    target, source = node.to.this, kind_of(node.this)
+    if target in TEXT and is_text(node.this):
+        if node.to.expressions:
+            raise Refusal(node, "PostgreSQL cuts text to a length, an engine does not")
         return
-    if target in _EXACT and source in _EXACT:
+    if target in INTEGER and source in INTEGER:
         return
-    if target == exp.DataType.Type.BOOLEAN and source in (exp.DataType.Type.BOOLEAN, None):
+    if target in INTEGER and source == DECIMAL:
+        raise Refusal(node, "a decimal is rounded to an integer differently elsewhere")
+    if target == DECIMAL and source in EXACT:
+        wanted, found = declared_digits(node.to), digits_of(node.this)
+        if wanted is None:
+            raise Refusal(node, f"numeric without digits, or with more than {PRECISION}, is another type elsewhere")
+        if found is None or wanted[0] < found[0] or wanted[1] < found[1]:
+            raise Refusal(node, "what it casts may have more digits than it has, which is not the same everywhere")
+        return
+    if target == source == exp.DataType.Type.BOOLEAN:
         return
     if target == exp.DataType.Type.DATE and isinstance(node.this.unnest(), exp.AtTimeZone):
         return
     raise Refusal(node, "the cast is spelled or rounded differently elsewhere")
 
 
+def _literal(node: exp.Expr) -> None:
+    if node.is_string:
+        return
+    if node.is_int:
+        if int(node.name) >= 1 << 63:
+            raise Refusal(node, "an integer of more than 64 bits is another type elsewhere")
+        return
+    if not re.fullmatch(r"\d*\.\d*", node.name) or len(node.name.replace(".", "").lstrip("0")) > _DOUBLE_DIGITS:
+        raise Refusal(
+            node, f"a number with an exponent, or more than {_DOUBLE_DIGITS} digits, is read differently elsewhere"
+        )
+    beside = (*_COMPARISONS, exp.Coalesce, exp.Nullif, exp.If, exp.Case, exp.PercentileDisc, exp.PercentileCont)
+    if not isinstance(_above_parens(node), beside):
+        raise Refusal(node, "a fraction by itself is of another type elsewhere; compare with it")
+
+
+def _identifier(node: exp.Expr) -> None:
+    if node.args.get("quoted") and node.name != node.name.lower():
+        raise Refusal(node, "elsewhere a name is the same in capitals")
+
+
+def _column(node: exp.Expr) -> None:
+    if isinstance(node.this, exp.Star):
+        raise Refusal(node, "a whole row is another thing elsewhere")
+
+
+def _with(node: exp.Expr) -> None:
+    if node.args.get("recursive"):
+        raise Refusal(node, "recursion is not known everywhere")
+
+
+def _distinct(node: exp.Expr) -> None:
+    if node.args.get("on") is not None:
+        raise Refusal(node, "the row that DISTINCT ON takes is chance; say (array_agg(... ORDER BY ...))[1]")
+    if isinstance(node.parent, exp.Select):
+        _told_apart(node, (part.unalias() for part in node.parent.expressions))
+
+
+def _group(node: exp.Expr) -> None:
+    _told_apart(node, node.expressions)
+
+
+def _told_apart(node: exp.Expr, parts: Iterable[exp.Expr]) -> None:
+    if any(kind_of(part) == DOUBLE for part in parts):
+        raise Refusal(node, "-0 and 0 are one value, and engines show another of them")
+
+
+def _union(node: Any) -> None:
+    sides = [side.unnest().selects for side in (node.left, node.right)]
+    for left, right in zip(*sides, strict=True):
+        _united(node, (left.unalias(), right.unalias()))
+        if node.args.get("distinct"):
+            _told_apart(node, (left.unalias(), right.unalias()))
+
+
+def _dpipe(node: Any) -> None:
+    for side in (node.left, node.right):
+        if not is_text(side):
+            raise Refusal(
+                node, "|| joins what is known to be text; arrays and numbers are joined differently elsewhere"
+            )
+
+
+def _coalesce(node: Any) -> None:
+    _united(node, (node.this, *node.expressions))
+
+
+def _nullif(node: Any) -> None:
+    _united(node, (node.this,))
+    _held_together(node, node.this, node.expression)
+
+
+def _case(node: Any) -> None:
+    branches = node.args["ifs"]
+    default = node.args.get("default")
+    _united(node, [*(branch.args["true"] for branch in branches), *([default] if default is not None else ())])
+    if node.this is not None:
+        _held_together(node, node.this, *(branch.this for branch in branches))
+
+
+def _tuple(node: exp.Expr) -> None:
+    if not (isinstance(node.parent, exp.Distinct) and isinstance(node.parent.parent, exp.Count)):
+        raise Refusal(node, "of rows with nulls in them, engines think differently; compare column by column")
+
+
+def _array(node: exp.Expr) -> None:
+    if not isinstance(node.parent, exp.ArrayPosition) or node.parent.this is not node:
+        raise Refusal(node, "an array stands in array_position alone")
+    if not all(isinstance(part, exp.Literal) for part in node.expressions):
+        raise Refusal(node, "where an array holds null, engines differ: it is one of literals")
+
+
+def _array_position(node: Any) -> None:
+    if not isinstance(node.this, exp.Array):
+        raise Refusal(node, "array_position is known of an array of literals")
+    if node.args.get("zero_based") is not None or len([value for value in node.args.values() if value is not None]) > 2:
+        raise Refusal(node, "array_position from a place on is not known everywhere")
+    _held_together(node, node.expression, *node.this.expressions)
+
+
+def _limit(node: Any) -> None:
+    select = node.parent
+    if not isinstance(node.expression, exp.Literal) or not node.expression.is_int:
+        raise Refusal(node, "a limit is a number")
+    if not isinstance(select, exp.Select) or select.args.get("order") is None:
+        raise Refusal(node, "without ORDER BY, the rows that it keeps are chance")
+    keys = [key.this for key in select.args["order"].expressions]
+    given = {part.output_name: part.unalias() for part in select.expressions}
+    for key in keys:
+        for column in key.find_all(exp.Column):
+            named = given.get(column.name)
+            if (
+                not column.table
+                and column is not key
+                and not (isinstance(named, exp.Column) and named.name == column.name)
+            ):
+                raise Refusal(
+                    key, "in an expression PostgreSQL takes a name for the column's, an engine for the alias'"
+                )
+    ordered = set(ordered_by(keys))
+    for name, part in given.items():
+        if UNIQUE not in {key.rpartition(".")[2] for key in ordered} and not {name, part.sql()} & ordered:
+            raise Refusal(node, f"of rows that its ORDER BY does not tell apart, it keeps any; order by {name} too")
+
+
+def _row_number(node: exp.Expr) -> None:
+    window = node.parent
+    if not isinstance(window, exp.Window) or not told_apart_by(window.args.get("order")):
+        raise Refusal(
+            node, f"the number of rows that its ORDER BY does not tell apart is chance; order by {UNIQUE} too"
+        )
+
+
 def _zone(node: exp.Expr) -> None:
-    if node.args["zone"].name != "UTC" or _kind(node.this) != exp.DataType.Type.TIMESTAMPTZ:
+    if node.args["zone"].name != "UTC" or kind_of(node.this) != exp.DataType.Type.TIMESTAMPTZ:
         raise Refusal(node, "times are UTC; only AT TIME ZONE 'UTC' of a stored time is known everywhere")
 
 
@@ -222,10 +426,17 @@ def _array_agg(node: exp.Expr) -> None:
     if not all(not_null(key) for key in keys):
         raise Refusal(node, "where its ORDER BY is null, engines differ")
     if isinstance(above, exp.Bracket):
-        if [part.name for part in above.expressions] not in (["1"], ["0"]) or len(directions) != 1:
+        # The parser counts from 0.
+        if [part.name for part in above.expressions] != ["0"] or len(directions) != 1:
             raise Refusal(node, "of an array, only the first element in one direction is known everywhere")
+        if not told_apart_by(order) and order.this not in keys:
+            raise Refusal(
+                node, f"the first of those that its ORDER BY does not tell apart is chance; order by {UNIQUE} too"
+            )
     elif len(keys) != 1 or keys[0] != order.this or directions != {False}:
         raise Refusal(node, "an array is ordered by its own elements, ascending")
+    elif sort_of(order.this) not in ("integer", "time", "date"):
+        raise Refusal(node, "only arrays of integers, times and dates come back from an engine")
 
 
 def _bracket(node: exp.Expr) -> None:
@@ -243,14 +454,22 @@ def _within(node: exp.Expr) -> None:
     # percentile_cont interpolates, and each engine rounds that in its own way; a stored value is nobody's to round.
     if not isinstance(node.this, exp.PercentileDisc) or not node.this.this.is_number:
         raise Refusal(node, "it interpolates in floating point; percentile_disc gives a stored value")
+    # 0.07 of 100 rows is the 8th in PostgreSQL, which multiplies doubles, and the 7th in DuckDB.
+    part = Fraction(node.this.this.name)
+    if part.denominator & (part.denominator - 1) or part > 1:
+        raise Refusal(node, "a fraction that is no sum of halves, quarters ... is multiplied differently elsewhere")
     for key in node.expression.expressions:
-        if _kind(key.this) not in (exp.DataType.Type.DOUBLE, exp.DataType.Type.INT, exp.DataType.Type.SMALLINT):
+        if kind_of(key.this) not in (exp.DataType.Type.DOUBLE, exp.DataType.Type.INT, exp.DataType.Type.SMALLINT):
             raise Refusal(node, "Spark takes percentiles of doubles alone, which hold an integer or a double exactly")
         if key.args.get("desc"):
             raise Refusal(node, "a percentile counts from below")
 
 
-def _window_spec(node: exp.Expr) -> None:
+def _window_spec(node: Any) -> None:
+    if node.args.get("exclude") is not None or node.args.get("kind") not in ("RANGE", "ROWS"):
+        raise Refusal(node, "a frame is of RANGE or ROWS, without EXCLUDE")
+    if node.args["kind"] == "ROWS" and not told_apart_by(node.parent.args.get("order")):
+        raise Refusal(node, f"rows that its ORDER BY does not tell apart stand in any order; order by {UNIQUE} too")
     for side in ("start", "end"):
         bound = node.args.get(side)
         if isinstance(bound, exp.Literal) and bound.is_string and span(bound.name) is None:
@@ -342,6 +561,28 @@ def capture(pattern: str) -> tuple[str, str]:
 
 
 _RULES: dict[type[exp.Expr], Callable[[Any], None]] = {
+    exp.Literal: _literal,
+    exp.Identifier: _identifier,
+    exp.Column: _column,
+    exp.With: _with,
+    exp.Distinct: _distinct,
+    exp.Group: _group,
+    exp.Union: _union,
+    exp.Limit: _limit,
+    exp.EQ: _equal,
+    exp.NEQ: _equal,
+    exp.NullSafeEQ: _equal,
+    exp.NullSafeNEQ: _equal,
+    exp.In: _in,
+    exp.Between: _between,
+    exp.Case: _case,
+    exp.Coalesce: _coalesce,
+    exp.Nullif: _nullif,
+    exp.DPipe: _dpipe,
+    exp.Tuple: _tuple,
+    exp.Array: _array,
+    exp.ArrayPosition: _array_position,
+    exp.RowNumber: _row_number,
     exp.Ordered: _ordered,
     exp.Max: _extreme,
     exp.Min: _extreme,
