@@ -27,7 +27,8 @@ from flywheel_pipeline.engines.spark import FAILURE_FILE, JOB_FILE
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-#: Equal digits ask for these: times in UTC without a zone, old dates as they are, no silent overflow.
+#: Equal digits ask for these: times in UTC without a zone, old dates as they are, no silent overflow, and text of a model
+#: that looks like a variable of Spark's (`${env:HOME}`) left alone.
 _CONFIGURATION = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.timestampType": "TIMESTAMP_NTZ",
@@ -36,6 +37,7 @@ _CONFIGURATION = {
     "spark.sql.parquet.int96RebaseModeInRead": "CORRECTED",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.caseSensitive": "false",
+    "spark.sql.variable.substitute": "false",
     "spark.driver.maxResultSize": "0",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
