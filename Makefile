@@ -6,7 +6,8 @@
 #   make faults every fault test, then a soak of 210 random faults under eight writers; make faults QUICK=1 a short one
 #   make audit  known vulnerabilities of the locked dependencies (asks pypi.org, and fails without an answer)
 #   make docs   a page per room from the code's own docstrings, under build/docs
-#   make bench  the benchmarks, as ratios in one run; make bench QUICK=1 takes minutes
+#   make bench  the benchmarks, as ratios in one run, hours; every engine's rows compared at 10 million, Spark's where there
+#               is Java; make bench QUICK=1 takes minutes, without Spark
 #   make clean  stops the embedded database of .flywheel and removes what make and the pipeline made here
 
 SHELL := /bin/sh

@@ -45,7 +45,7 @@ SELECT 'fleet-' || to_char(n, 'FM000000000') AS execution_id,
        WHEN u.chance < 20 THEN 'Phase ''verify'' failed: step ' || u.rule % 100 END AS error_message,
   '{"status": "non_compliant"}'::jsonb AS state_before,
   t.at + interval '1 minute' AS created_at
-FROM generate_series(:first, :last) AS n
+FROM generate_series(CAST(:first AS bigint), CAST(:last AS bigint)) AS n
 CROSS JOIN LATERAL (SELECT abs(hashint8(n)) % 2000 AS host) AS h
 CROSS JOIN LATERAL (
   SELECT (200 * power((abs(hashint8(n + 1000000007)) % 100000) / 100000.0, 3))::int % 200 AS rule,
