@@ -1,7 +1,8 @@
 """A backfill of six days over two Celery workers, one of them killed in the middle: missed, repeated, exact.
 
 Real: Redis, two workers, a code server, one daemon, PostgreSQL. The kill hits a run in mid-transaction: somebody else
-holds the refresh lock meanwhile, so that both workers stand in the middle of a day at that moment.
+holds the refresh lock meanwhile, so that both workers stand in the middle of a day at that moment. The lock is held until the
+kill is noticed, so that the daemon alone has work to do and the time it takes is its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from flywheel_pipeline.run import dagster_instance
 
 DAYS = 6
 BACKFILL = "six-days"
+NOTICED_SECONDS = 30
 AT_ONCE = 2  # of three slots, one is left to the minute path
 
 pytestmark = [WITHOUT_REDIS, pytest.mark.long, pytest.mark.daemon, pytest.mark.timeout(420)]
@@ -147,17 +149,21 @@ def test_a_worker_killed_in_mid_backfill_is_missed_and_only_its_days_are_compute
             victim = worker_of(instance, running[0])
             killed = [run.run_id for run in running if worker_of(instance, run) == victim]
             hosts.kill(victim)
+            killed_at = time.time()
 
-        def missed() -> bool:
-            states = [instance.get_run_by_id(run_id).status for run_id in killed]  # type: ignore[union-attr]
-            return all(status == dg.DagsterRunStatus.FAILURE for status in states)
+            def missed() -> bool:
+                states = [instance.get_run_by_id(run_id).status for run_id in killed]  # type: ignore[union-attr]
+                return all(status == dg.DagsterRunStatus.FAILURE for status in states)
 
-        noticed = hosts.until(missed, 30, "that the worker is gone")
-        print(f"\nnoticed after {noticed:.1f} s: {len(killed)} of {DAYS} days were on the killed worker")
-        for run_id in killed:
-            (failure,) = instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+            hosts.until(missed, 4 * NOTICED_SECONDS, "that the worker is gone")
+        failures = [instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE) for run_id in killed]
+        for (failure,) in failures:
             assert victim in failure.message
             assert "lock in the database" in failure.message
+        # By the daemon's own record of it, not by when this test came to ask.
+        noticed = max(failure.timestamp for (failure,) in failures) - killed_at
+        print(f"\nnoticed after {noticed:.1f} s: {len(killed)} of {DAYS} days were on the killed worker")
+        assert noticed <= NOTICED_SECONDS
 
         def over() -> bool:
             found = instance.get_backfill(BACKFILL)

@@ -196,6 +196,22 @@ def _exported(engine: sa.Engine, archive: Archive, day: dt.date) -> bool:
     return True
 
 
+def _wait_for_the_export_at_the_lock(engine: sa.Engine, export: threading.Thread) -> None:
+    """Return when the export stands at the lock on `day_versions`; fail where it ends without, or never comes to it."""
+    until = time.monotonic() + 120  # a slow machine at its limit
+    while time.monotonic() < until:
+        with engine.connect() as connection:
+            waiting = connection.exec_driver_sql(
+                "SELECT count(*) FROM pg_locks WHERE relation = 'day_versions'::regclass AND NOT granted "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            ).scalar_one()
+        if waiting == 1:
+            return
+        assert export.is_alive(), "the export waited for nobody"
+        time.sleep(0.02)
+    pytest.fail("the export never came to the lock")
+
+
 def test_who_exports_waits_for_who_purges_and_sees_what_he_did(engine: sa.Engine, folder: Archive) -> None:
     write(engine, row())
     settle(engine)
@@ -216,7 +232,7 @@ def test_who_exports_waits_for_who_purges_and_sees_what_he_did(engine: sa.Engine
         )
         thread = threading.Thread(target=export)
         thread.start()
-        time.sleep(0.5)
+        _wait_for_the_export_at_the_lock(engine, thread)
         assert outcome == []
     thread.join()
     assert outcome == ["NothingToArchive"]  # its snapshot is younger than the purge
