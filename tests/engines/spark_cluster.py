@@ -43,6 +43,7 @@ class Cluster:
 
     url: str
     page: str
+    home: Path
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def alive(self) -> int:
@@ -58,20 +59,18 @@ class Cluster:
                 found += [int(pid) for pid in (thread / "children").read_text().split()]
         return found
 
-    def worked_seconds(self, worker: subprocess.Popen[bytes]) -> float:
-        """CPU seconds of what this worker started, as far as it still runs."""
-        ticks = 0
-        for pid in self.executors(worker):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(told[11]) + int(told[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+    def shuffles(self, number: int) -> set[str]:
+        """Numbers of the shuffles of which the executors of this worker hold results: tasks that were done, for others."""
+        return {path.name.split("_")[1] for path in self.home.glob(f"local-{number}/**/shuffle_*_*_*.data")}
 
     def kill(self, worker: subprocess.Popen[bytes]) -> None:
         """End a worker and all that it started, as a machine that loses its power does."""
-        for pid in [*self.executors(worker), worker.pid]:
-            os.kill(pid, signal.SIGKILL)
+        started = self.executors(worker)
+        worker.kill()  # first: it would start another executor for one that ended
         worker.wait()
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -85,9 +84,9 @@ def cluster(home: Path, workers: int = 2) -> Iterator[Cluster]:
     port, page = free_port(), free_port()
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(name: str, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         with (home / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen([*starter, *arguments], env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen([*starter, *arguments], env=environment | more, stdout=log, stderr=log)
         started.append(process)
         return process
 
@@ -96,12 +95,13 @@ def cluster(home: Path, workers: int = 2) -> Iterator[Cluster]:
             "master", "org.apache.spark.deploy.master.Master",
             "--host", "127.0.0.1", "--port", str(port), "--webui-port", str(page),
         )  # fmt: skip
-        found = Cluster(f"spark://127.0.0.1:{port}", f"http://127.0.0.1:{page}/json/")
+        found = Cluster(f"spark://127.0.0.1:{port}", f"http://127.0.0.1:{page}/json/", home)
         for number in range(workers):
             found.workers.append(
                 start(
                     f"worker-{number}", "org.apache.spark.deploy.worker.Worker", "--host", "127.0.0.1", "--cores", "1",
                     "--memory", "1g", "--webui-port", str(free_port()), "--work-dir", str(home / f"work-{number}"), found.url,
+                    SPARK_LOCAL_DIRS=str(home / f"local-{number}"),
                 )
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
