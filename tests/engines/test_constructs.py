@@ -173,10 +173,11 @@ def landed(
     )
     days = connection.exec_driver_sql("SELECT DISTINCT day FROM scope_input").scalars().all()
     live = folder / "live.parquet"
-    assert export_live(connection, days, COLUMNS, live) == len(TEXTS)
     steps = [step(number, construct, compute) for number, construct in enumerate(constructs)]
+    plan = Plan(compute.dialect, tuple(steps), COLUMNS, {}, compared=frozenset())
+    assert export_live(connection, days, plan, live) == len(TEXTS)
     job = Job(
-        plan=Plan(compute.dialect, tuple(steps), COLUMNS, {}),
+        plan=plan,
         preamble=tuple(preamble(compute.dialect, database_casing(connection))),
         archive=None,
         archived=(),
