@@ -355,10 +355,6 @@ class Archive:
                 hint="The archive still holds what it held before; correct that and try again.",
             ) from (None if self.secrets else error)
 
-    def without_secrets(self, said: str) -> str:
-        """Return what a client or an engine says, with `***` for what opens this archive."""
-        return hide(said, self.secrets)
-
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     def publish(self, manifest: DayManifest) -> None:
@@ -461,7 +457,7 @@ def _without_secrets(url: str) -> tuple[str, tuple[str, ...]]:
     given = f"{secret} {query}"
     words = {w for w in re.split(r"[^\w+%.~-]+", f"{given} {unquote(given)}") if len(w) >= _SHORTEST_SECRET}
     words |= {quote(word, safe="") for word in words}  # as a client says it that speaks in URLs
-    return head + ("***" + at if at else "") + place, tuple(sorted(words, key=len, reverse=True))
+    return head + ("***" + at if at else "") + place, tuple(sorted(words))
 
 
 def _first_line(error: Exception, secrets: tuple[str, ...] = ()) -> str:

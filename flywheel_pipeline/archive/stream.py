@@ -33,6 +33,7 @@ from sqlalchemy import URL
 from flywheel_pipeline.archive.columns import DAY, rows_query, schema
 from flywheel_pipeline.archive.layout import Table
 from flywheel_pipeline.database.engine import libpq_url
+from flywheel_pipeline.database.limits import ended
 from flywheel_pipeline.errors import DatabaseUnavailable
 
 #: Of a batch as the driver hands it over. Smaller ones cost nothing measurable, larger ones memory.
@@ -61,10 +62,7 @@ def snapshot_reader(url: URL, snapshot: str) -> Iterator[Any]:
 
 
 def _broken_off(error: Exception) -> DatabaseUnavailable:
-    return DatabaseUnavailable(
-        f"The database broke off the export: {str(error).strip().splitlines()[0].rstrip('.')}.",
-        hint="Nothing was changed in the archive; export again.",
-    )
+    return ended("export", error, "Nothing was changed in the archive; export again.")
 
 
 def day_batches(connection: Any, table: Table, day: dt.date, control: Mapping[str, int]) -> Iterator[pa.RecordBatch]:

@@ -44,9 +44,13 @@ def broken_off(work: str, hint: str) -> Iterator[None]:
         reason = _first_reason(error)
         if reason is None:
             raise
-        raise DatabaseUnavailable(
-            f"The database broke off the {work}: {str(reason).strip().splitlines()[0].rstrip('.')}.", hint=hint
-        ) from error
+        raise ended(work, reason, hint) from error
+
+
+def ended(work: str, reason: Exception, hint: str) -> DatabaseUnavailable:
+    """Return the sentence on work that the database broke off, with the first line of a driver's error."""
+    said = str(reason).strip().splitlines()[0].rstrip(".")
+    return DatabaseUnavailable(f"The database broke off the {work}: {said}.", hint=hint)
 
 
 def _first_reason(error: BaseException) -> psycopg.Error | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from flywheel_pipeline.archive.columns import arrow_type
+from flywheel_pipeline.archive.layout import hide
 from flywheel_pipeline.database.tables import execution_telemetry
 from flywheel_pipeline.engines.dialects import Dialect
 from flywheel_pipeline.engines.errors import EngineError, EngineNotInstalled
@@ -23,8 +24,6 @@ from flywheel_pipeline.sql_models.relations import literal, quote
 
 if TYPE_CHECKING:
     import duckdb
-
-    from flywheel_pipeline.archive.layout import Archive
 
 BATCH_ROWS = 65_536
 
@@ -73,15 +72,10 @@ def _said(job: Job) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 (of any kind: the client of an object store raises its own through DuckDB)
         lines = ("".join(filter(str.isprintable, line)).strip() for line in str(error).splitlines())
         said = next(filter(None, lines), type(error).__name__)
-        secret = job.archive is not None and bool(job.archive.secrets)
         raise EngineError(
-            f"DuckDB could not compute the models: {_hidden(said, job.archive).rstrip(' .:')}.",
+            f"DuckDB could not compute the models: {hide(said, job.secrets).rstrip(' .:')}.",
             hint="Nothing was written; correct that and try again, or use FLYWHEEL_ENGINE=postgres.",
-        ) from (None if secret else error)
-
-
-def _hidden(said: str, archive: Archive | None) -> str:
-    return said if archive is None else archive.without_secrets(said)
+        ) from (None if job.secrets else error)
 
 
 def prepare(session: duckdb.DuckDBPyConnection, job: Job) -> None:

@@ -35,6 +35,11 @@ class Job:
     sites: tuple[str, ...] | None
     scratch: Path
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Words that open the archive; an engine names files by their whole URL."""
+        return self.archive.secrets if self.archive is not None else ()
+
 
 class ComputeEngine(Protocol):
     """Something other than PostgreSQL that computes the models of cell day."""

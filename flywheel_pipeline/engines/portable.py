@@ -366,9 +366,11 @@ def _limit(node: Any) -> None:
                 raise Refusal(
                     key, "in an expression PostgreSQL takes a name for the column's, an engine for the alias'"
                 )
+    if told_apart_by(select.args["order"]):
+        return
     ordered = set(ordered_by(keys))
     for name, part in given.items():
-        if UNIQUE not in {key.rpartition(".")[2] for key in ordered} and not {name, part.sql()} & ordered:
+        if not {name, part.sql()} & ordered:
             raise Refusal(node, f"of rows that its ORDER BY does not tell apart, it keeps any; order by {name} too")
 
 
@@ -416,9 +418,7 @@ def _substring(node: exp.Expr) -> None:
 
 def _array_agg(node: exp.Expr) -> None:
     order = node.this
-    above = node.parent.parent if isinstance(node.parent, exp.Filter) else node.parent
-    while isinstance(above, exp.Paren):
-        above = above.parent
+    above = _above_parens(node.parent if isinstance(node.parent, exp.Filter) else node)
     if not isinstance(order, exp.Order):
         raise Refusal(node, "without ORDER BY its order is chance")
     directions = {bool(key.args.get("desc")) for key in order.expressions}

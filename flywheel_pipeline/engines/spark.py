@@ -102,7 +102,7 @@ class SparkEngine:
             "master": self.master,
             "preamble": list(job.preamble),
             "archived": [file.url for file in job.archived],
-            "secrets": list(job.archive.secrets) if job.archive is not None else [],
+            "secrets": list(job.secrets),
             "live": str(job.live) if job.live else None,
             "bytes": sum(file.bytes for file in job.archived) + (job.live.stat().st_size if job.live else 0),
             "telemetry": list(job.plan.telemetry),

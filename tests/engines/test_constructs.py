@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from digits import NOON, row, write
-from spark_cluster import require_java
 from sqlalchemy.dialects import postgresql
 from sqlglot import exp, parse_one
 
@@ -213,11 +212,8 @@ def test_each_construct_is_equal_on_duckdb(telemetry: sa.Engine, tmp_path: Path)
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_each_construct_is_equal_on_spark(
-    telemetry: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_java()
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+@pytest.mark.usefixtures("spark_on_loopback")
+def test_each_construct_is_equal_on_spark(telemetry: sa.Engine, tmp_path: Path) -> None:
     assert_equal(telemetry, EQUAL, SparkEngine("local[2]"), tmp_path)
 
 
@@ -241,11 +237,8 @@ def test_what_is_too_large_is_an_error_and_no_other_number(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_what_is_too_large_is_an_error_on_spark_too(
-    telemetry: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_java()
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+@pytest.mark.usefixtures("spark_on_loopback")
+def test_what_is_too_large_is_an_error_on_spark_too(telemetry: sa.Engine, tmp_path: Path) -> None:
     # The sum, which Spark would wrap around to another number if it were not told otherwise.
     with pytest.raises(EngineError, match=r"Spark at local\[1\] could not compute the models: .*OVERFLOW"):
         assert_equal(telemetry, TOO_LARGE[-1:], SparkEngine("local[1]"), tmp_path)

@@ -30,7 +30,7 @@ from digits import (
 )
 from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
-from spark_cluster import Cluster, cluster, require_java
+from spark_cluster import Cluster, cluster
 from test_duckdb_digits import odd_rows, play_the_golden_day
 
 from flywheel_pipeline.aggregates import refresh
@@ -49,16 +49,10 @@ from flywheel_pipeline.simulation.fleet.scenario import load_scenario, scenario_
 from flywheel_pipeline.simulation.fleet.stream import FleetStream
 from flywheel_pipeline.sql_models.loader import load_models
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.usefixtures("spark_on_loopback")]
 
 #: Shuffles of which the worker then holds results; on the golden day it comes to that in the second of six steps that land.
 STAGES_DONE = 3
-
-
-@pytest.fixture(autouse=True)
-def _on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_java()
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
 
 
 @pytest.fixture
@@ -109,6 +103,18 @@ def test_a_file_that_is_no_parquet_is_one_sentence_and_nothing_is_written(engine
     assert contents(engine) == before
 
 
+def backfill(database_url: str, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    """Backfill the day by Spark, as the launchpad does."""
+    return dg.materialize(
+        [build_backfill_asset(load_models())],
+        partition_key=str(NOON.date()),
+        resources={"database": FlywheelDatabase(url=database_url)},
+        run_config={"ops": {"day_backfill": {"config": {"engine": "spark"}}}},
+        instance=instance,
+        raise_on_error=False,
+    )
+
+
 def test_what_spark_says_of_a_file_repeats_no_secret_of_the_archive(
     engine: sa.Engine,
     database_url: str,
@@ -127,14 +133,7 @@ def test_what_spark_says_of_a_file_repeats_no_secret_of_the_archive(
     monkeypatch.setenv("FLYWHEEL_SPARK_MASTER", "local[2]")
     monkeypatch.setenv("FLYWHEEL_ARCHIVE_URL", url)
     with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize(
-            [build_backfill_asset(load_models())],
-            partition_key=str(NOON.date()),
-            resources={"database": FlywheelDatabase(url=database_url)},
-            run_config={"ops": {"day_backfill": {"config": {"engine": "spark"}}}},
-            instance=instance,
-            raise_on_error=False,
-        )
+        result = backfill(database_url, instance)
         assert not result.success
         logs = "\n".join(dg.serialize_value(log) for log in instance.all_logs(result.run_id))
     assert "SparkFailed" in logs  # of the driver, by Pipes
@@ -152,13 +151,7 @@ def test_a_backfill_in_the_launchpad_runs_spark_through_pipes(
     empty(engine)
     monkeypatch.setenv("FLYWHEEL_SPARK_MASTER", "local[2]")
     with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize(
-            [build_backfill_asset(load_models())],
-            partition_key=str(NOON.date()),
-            resources={"database": FlywheelDatabase(url=database_url)},
-            run_config={"ops": {"day_backfill": {"config": {"engine": "spark"}}}},
-            instance=instance,
-        )
+        result = backfill(database_url, instance)
         assert result.success
         said = [log.user_message for log in instance.all_logs(result.run_id)]
     assert any(message.startswith("episodes: ") for message in said)  # the driver's own words, by Pipes
